@@ -1,0 +1,226 @@
+"""Checks at construction and at trace time; each message says who needs what, what came and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from typing_extensions import dataclass_transform
+
+from . import _tree
+from ._types import Coefficient, Step
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def record(cls: type[T]) -> type[T]:
+    """A frozen dataclass of pure functions that is no pytree: whoever flattens it is told so."""
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    cls.__repr__ = lambda self: f"{cls.__name__}({self.name})"
+
+    def refuse(value: Any) -> Any:
+        raise TypeError(
+            f"odljax: {value!r} is a record of functions, not a pytree of arrays, and came as an argument of a JAX "
+            f"transform (jit, vmap, grad, scan, ...) or of a tree function. Build it at module level or inside the "
+            f"jitted function, or close over it."
+        )
+
+    jax.tree_util.register_pytree_node(cls, refuse, lambda aux, children: refuse(cls))
+    return cls
+
+
+def leaf_name(path: Any) -> str:
+    """The path of a leaf as the user would index it; the empty path is the value itself."""
+    return jax.tree_util.keystr(path) or "(itself)"
+
+
+def describe(leaf: Any) -> str:
+    """Dtype and shape, as in ``float32[3,4]``."""
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return f"{type(leaf).__name__}"
+
+
+def as_inner(who: str, name: str, x: T) -> T:
+    """``x`` as strongly typed arrays; refuses an empty tree and leaves that are not real floating point."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(x)
+    if not leaves:
+        raise TypeError(f"{who}: {name} needs at least one floating-point leaf; an empty tree came.")
+    arrays = []
+    for path, leaf in leaves:
+        if not isinstance(leaf, (jax.Array, np.ndarray, numbers.Number, np.generic)):
+            raise TypeError(
+                f"{who}: {name} must hold arrays; leaf {leaf_name(path)} is a {type(leaf).__name__}. "
+                f"Pass a pytree of floating-point arrays."
+            )
+        array = jnp.asarray(leaf)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{who}: {name} must be real floating point; leaf {leaf_name(path)} is {describe(array)}. "
+                f"Cast it, for instance with .astype(float), or close over it if it is not solved for."
+            )
+        arrays.append(array)
+    return _tree.strong(jax.tree_util.tree_unflatten(structure, arrays))
+
+
+def same_as(who: str, what: str, got: Any, want: T) -> T:
+    """``got``, strongly typed, after checking that its structure, shapes and dtypes are those of ``want``."""
+    got_structure, want_structure = jax.tree.structure(got), jax.tree.structure(want)
+    if got_structure != want_structure:
+        raise TypeError(
+            f"{who}: {what} must keep the structure of x; it came back as {got_structure}, x is {want_structure}. "
+            f"Return the same containers with the same keys."
+        )
+    wanted, _ = jax.tree_util.tree_flatten_with_path(want)
+    for (path, expected), actual in zip(wanted, jax.tree.leaves(got), strict=True):
+        actual = actual if hasattr(actual, "dtype") else jnp.asarray(actual)
+        weak = getattr(actual, "weak_type", False) and jnp.issubdtype(actual.dtype, jnp.floating)
+        if actual.shape != expected.shape or (actual.dtype != expected.dtype and not weak):
+            raise TypeError(
+                f"{who}: {what} must keep the shapes and dtypes of x; leaf {leaf_name(path)} came back as "
+                f"{describe(actual)}, x has {describe(expected)}. Reshape or cast it (x.astype) inside the function."
+            )
+    return jax.tree.map(lambda leaf, like: jax.lax.convert_element_type(leaf, like.dtype), got, want)
+
+
+def scalar(who: str, what: str, value: Any) -> Array:
+    """``value`` after checking that it is a real floating-point number without axes."""
+    if jax.tree.structure(value) != jax.tree.structure(0):
+        raise TypeError(f"{who}: {what} must return a scalar; a {type(value).__name__} came back. Return one number.")
+    value = jnp.asarray(value)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"{who}: {what} must return a real scalar; {describe(value)} came back. "
+            f"Reduce it, for instance with jnp.sum or jnp.mean."
+        )
+    return value
+
+
+def differentiable(who: str, theta: Any) -> None:
+    """Refuses a theta that a gradient cannot be taken in."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(theta)
+    for path, leaf in leaves:
+        leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{who}: theta is differentiated and must be real floating point; leaf {leaf_name(path)} is "
+                f"{describe(leaf)}. Cast it, or close over what is not differentiated."
+            )
+
+
+def is_callable(who: str, name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{who}: {name} must be a function; {value!r} came.")
+
+
+def is_a(who: str, name: str, value: Any, kind: type, hint: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{who}: {name} must be a {kind.__name__}; a {type(value).__name__} came. {hint}")
+
+
+def count(who: str, name: str, value: Any, least: int = 1) -> int:
+    """A static whole number of at least ``least``."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{who}: {name} fixes the program and must be a Python int; a traced value came. Close over it.")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{who}: {name} must be a whole number of at least {least}; {value!r} came.")
+    return int(value)
+
+
+def number(
+    who: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, closed: bool = False, top: bool = False
+) -> Any:
+    """A number between ``low`` (included if ``closed``) and ``high`` (included if ``top``); a traced one passes."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    try:
+        numeric = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{who}: {name} must be a number; {value!r} came.") from None
+    above = numeric >= low if closed else numeric > low
+    below = numeric <= high if top else numeric < high
+    if not (above and below):
+        interval = f"{'[' if closed else '('}{low:g}, {high:g}{']' if top else ')'}"
+        raise ValueError(f"{who}: {name} must lie in {interval}; {value!r} came.")
+    return value
+
+
+_SCHEDULE_NAMES = ("k", "count", "step")
+
+
+def coefficient(
+    who: str,
+    name: str,
+    value: Coefficient,
+    low: float = 0.0,
+    high: float = math.inf,
+    closed: bool = False,
+    top: bool = False,
+) -> Callable[[Any, Step], Any]:
+    """The coefficient as a function of ``(theta, k)``.
+
+    A callable with two arguments is called with ``(theta, k)``. One with a single argument is called with theta if
+    that argument is named ``theta``, and with k if it is named ``k``, ``count`` or ``step``, as optax names it;
+    another name is refused, because guessing could be silently wrong.
+    """
+    if not callable(value):
+        constant = number(who, name, value, low, high, closed, top)
+        if np.shape(constant) != ():
+            raise ValueError(f"{who}: {name} must be a scalar; {describe(constant)} came.")
+        return lambda theta, k: constant
+    parameters = [
+        p
+        for p in inspect.signature(value).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names = [p.name for p in parameters]
+    if len(names) == 2:
+        call = value
+    elif names == ["theta"]:
+        call = lambda theta, k: value(theta)  # noqa: E731
+    elif len(names) == 1 and names[0] in _SCHEDULE_NAMES:
+        call = lambda theta, k: value(k)  # noqa: E731
+        with jax.ensure_compile_time_eval():
+            number(who, f"{name} at k = 0", value(jnp.zeros((), int)), low, high, closed, top)
+    else:
+        raise TypeError(
+            f"{who}: {name} came as a function of {names}; name its one argument theta (the hyper-variable) or k (the "
+            f"step, as in an optax schedule), or let it take (theta, k)."
+        )
+
+    def checked(theta: Any, k: Step) -> Any:
+        result = call(theta, k)
+        if np.shape(result) != ():
+            raise TypeError(f"{who}: {name} must return a scalar; {describe(result)} came back.")
+        return result
+
+    return checked
+
+
+# An identity whose transpose raises: the one way to refuse reverse mode in our own words and keep forward mode.
+_forward_only = Primitive("odljax_forward_only")
+_forward_only.def_impl(lambda x, *, message: x)
+_forward_only.def_abstract_eval(lambda x, *, message: x)
+mlir.register_lowering(_forward_only, lambda ctx, x, *, message: [x])
+batching.defvectorized(_forward_only)
+ad.deflinear2(_forward_only, lambda cotangent, x, *, message: _refuse(message))
+
+
+def _refuse(message: str) -> Any:
+    raise TypeError(message)
+
+
+def forward_only(x: T, message: str) -> T:
+    """``x``, differentiable by forward mode only; reverse mode raises a TypeError with the message."""
+    return jax.tree.map(lambda leaf: _forward_only.bind(leaf, message=message), x)

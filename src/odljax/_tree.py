@@ -1,0 +1,97 @@
+"""Vector arithmetic on pytrees that keeps each leaf's dtype, whatever the dtype of the coefficient."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ._types import Scalar
+
+T = TypeVar("T")
+
+
+def _cast(coefficient: Scalar | Array, leaf: Array) -> Array:
+    return jnp.asarray(coefficient).astype(leaf.dtype)
+
+
+def scale(coefficient: Scalar | Array, x: T) -> T:
+    """``coefficient * x``."""
+    return jax.tree.map(lambda leaf: _cast(coefficient, leaf) * leaf, x)
+
+
+def add_scaled(x: T, coefficient: Scalar | Array, direction: T) -> T:
+    """``x + coefficient * direction``."""
+    return jax.tree.map(lambda a, d: a + _cast(coefficient, a) * d.astype(a.dtype), x, direction)
+
+
+def add(x: T, y: T) -> T:
+    """``x + y``."""
+    return jax.tree.map(jnp.add, x, y)
+
+
+def subtract(x: T, y: T) -> T:
+    """``x - y``."""
+    return jax.tree.map(jnp.subtract, x, y)
+
+
+def negative(x: T) -> T:
+    """``-x``."""
+    return jax.tree.map(jnp.negative, x)
+
+
+def interpolate(x: T, y: T, weight: Scalar | Array) -> T:
+    """``x + weight * (y - x)``; exactly ``y`` where the weight is a Python 1."""
+    if isinstance(weight, (int, float)) and weight == 1:
+        return y
+    return add_scaled(x, weight, subtract(y, x))
+
+
+def where(condition: Array, x: T, y: T) -> T:
+    """``x`` where the scalar condition holds, ``y`` elsewhere."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def zeros_like(x: T) -> T:
+    """Zeros of the same structure, shapes and dtypes."""
+    return jax.tree.map(jnp.zeros_like, x)
+
+
+def strong(x: T) -> T:
+    """The same arrays without weak types, so that a loop's carry keeps its type."""
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), x)
+
+
+def accumulation_dtype(x: object) -> np.dtype:
+    """The widest dtype of the leaves, float32 at least: sums over leaves are taken in it."""
+    return np.result_type(np.float32, *(leaf.dtype for leaf in jax.tree.leaves(x) if leaf.dtype.itemsize >= 4))
+
+
+def vdot(x: T, y: T) -> Array:
+    """``<x, y>`` over all leaves, accumulated in float32 at least.
+
+    Product, then sum: a contraction over a sharded axis is ambiguous under explicit sharding.
+    """
+    dtype = accumulation_dtype((x, y))
+    products = jax.tree.map(lambda a, b: jnp.sum((a * b).astype(dtype)), _widen(x), _widen(y))
+    return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype))
+
+
+def _widen(x: T) -> T:
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32) if leaf.dtype.itemsize < 4 else leaf, x)
+
+
+def norm(x: object) -> Array:
+    """The Euclidean norm over all leaves; its derivative at zero is zero, not NaN."""
+    squared = vdot(x, x)
+    positive = squared > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, jnp.ones_like(squared))), squared)
+
+
+def all_finite(x: object) -> Array:
+    """Whether no leaf holds a NaN or an infinity."""
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]
+    return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)

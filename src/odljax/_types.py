@@ -1,0 +1,60 @@
+"""Aliases and status codes that every other module shares."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int, PyTree
+
+X = TypeVar("X")
+"""The inner variable: a pytree of floating-point arrays."""
+
+Theta = TypeVar("Theta")
+"""The hyper-variable: a pytree; its floating-point leaves are differentiated."""
+
+State = Any
+"""What an iteration or an estimator remembers between two steps: a pytree of arrays."""
+
+Data = PyTree
+"""What is observed: a batch, a measurement."""
+
+Step = Int[Array, ""]
+"""The number of the step, counted from zero by the loop that owns it."""
+
+Scalar = float | int | Float[Array, ""] | Int[Array, ""] | np.floating | np.integer
+"""A number: a Python or NumPy scalar, or an array without axes, traced or not."""
+
+Coefficient = Scalar | Callable[..., Any]
+"""A number, or a function of ``theta``, of ``k``, or of ``(theta, k)``; every optax schedule is one."""
+
+
+class Status(enum.IntEnum):
+    """How a solve ended, sorted by severity; every solution and every linear solve carries one per element."""
+
+    CONVERGED = 0
+    COMPLETED = 1
+    STEP_BUDGET_SPENT = 2
+    STALLED = 3
+    DIVERGED = 4
+    NON_FINITE = 5
+
+
+STATUS_MESSAGES: dict[Status, str] = {
+    Status.CONVERGED: "the residual is within the tolerance",
+    Status.COMPLETED: "all the steps asked for were taken (no tolerance was set)",
+    Status.STEP_BUDGET_SPENT: (
+        "the step budget was spent before the tolerance was met; raise max_steps, loosen tol or use a faster iteration"
+    ),
+    Status.STALLED: (
+        "the residual stopped falling at the rounding level of this dtype, above the tolerance; loosen tol or use float64"
+    ),
+    Status.DIVERGED: "the residual grew beyond 1e6 times the scale of its start; take a smaller step size",
+    Status.NON_FINITE: (
+        "a NaN or an infinity came in with x0 or theta, or appeared on the way; look at them, then at the step size"
+    ),
+}
+"""The one table of messages behind the codes."""

@@ -1,0 +1,169 @@
+"""Hierarchical optimisation-derived learning: the algorithm that the library is named for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from .._checks import as_inner, count, differentiable, is_callable, scalar
+from .._types import Coefficient, State, Step, Theta, X
+from ..derivatives import unrolled
+from ..iterations import Iteration, aggregate, krasnoselskii_mann, project
+from ..iterations._iteration import as_iteration
+from ..linear import cg
+from ..operators import Operator
+from ..operators._operator import residual
+from ..solvers import History, for_steps
+from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, start_outer
+
+
+class HODLState(NamedTuple):
+    """The inner start and the outer walk."""
+
+    x: Any
+    outer: Outer
+
+
+def _harmonic(k: Step) -> Any:
+    return 1.0 / (k.astype(float) + 1.0)
+
+
+def hodl(
+    operator_or_iteration: Iteration[X, Theta] | Operator[X, Theta] | Callable[[X, Theta], X],
+    outer: Callable[..., Any],
+    *,
+    num_steps: int,
+    relaxation: Coefficient = 0.5,
+    weight: Coefficient = 0.5,
+    step_size: Coefficient = _harmonic,
+    metric_inverse: Callable[[X, Theta], X] | None = None,
+    projection: Callable[[X, Theta], X] | None = None,
+    warm_start: bool = False,
+    checkpoint_every: int | None = None,
+) -> Hypergradient[X, Theta]:
+    r"""Returns the HODL estimator: descend the outer loss over the fixed points of D while walking towards them.
+
+    For k = 0, ..., K - 1, from :math:`u_0`,
+
+    .. math::
+        v_\ell &= u_k + \alpha_k (D(u_k, \theta) - u_k) \\
+        v_u &= u_k - s_k G_\theta^{-1} \nabla_u \ell(u_k, \theta) \\
+        u_{k+1} &= P_{G_\theta}(\mu_k v_u + (1 - \mu_k) v_\ell)
+
+    and the gradient is that of :math:`\varphi_K(\theta) = \ell(u_K(\theta), \theta)`, through all K aggregated steps. Any
+    optax update, projected if theta is constrained, may follow.
+
+    When: the fixed point of D is not unique, so that the outer loss must choose among them: with :math:`s_k \to 0`,
+    :math:`\sum s_k = \infty` the minimisers of :math:`\varphi_K` approach those of the true problem. ``weight=0`` is the
+    simple variant, which differentiates the plain iteration and is right only where the fixed point is unique.
+    Assumes D(., theta) non-expansive in :math:`G_\theta`, :math:`\ell` smooth and convex in u,
+    :math:`s_k < \lambda_{\min}(G) / L_\ell`.
+
+    Where the outer loss needs a ground truth, aggregation is a device of training: apply
+    ``for_steps(krasnoselskii_mann(D, relaxation), num_steps)`` to new inputs.
+
+    Args:
+        operator_or_iteration: D, an operator, a function ``(u, theta) -> u`` or an iteration.
+        outer: :math:`\ell`, ``(u, theta, *data) -> scalar``.
+        num_steps: K, at least 1, static.
+        relaxation: :math:`\alpha_k` in (0, 2), as in ``krasnoselskii_mann``.
+        weight: :math:`\mu_k` in [0, 1).
+        step_size: :math:`s_k`, at least 0; default 1/(k + 1).
+        metric_inverse: :math:`v \mapsto G_\theta^{-1} v`, ``(v, theta) -> v``. None: that of the operator; if it states a
+            metric without an inverse, conjugate gradients; if it states none, the identity.
+        projection: P, ``(u, theta) -> u``, the projection on the inner constraint set in the metric. None: no constraint.
+        warm_start: start each update from the last inner solution instead of :math:`u_0`.
+        checkpoint_every: as in ``unrolled``.
+
+    Each coefficient is a number, a schedule of k, a function of theta, or of (theta, k).
+
+    Returns:
+        An estimator. ``info.history.residual`` is the inner residual ``||u_k - D(u_k, theta)||`` against k,
+        ``info.inner_residual`` that of u_K, ``info.outer_change`` the relative change of theta against t: the two curves of
+        joint convergence.
+
+    Raises:
+        ValueError: a coefficient outside its range, a step count below 1.
+        TypeError: D or ``outer`` is no function; at trace time, an outer loss that is not a real scalar, a theta that is not
+            floating point.
+
+    Cost: K times D, the gradient of the outer loss and the inverse metric, forward and backward; memory K times what one
+    step needs, or that of segments.
+
+    Source: Liu, Liu, Zeng, Zhang and Zhang (2023), arXiv 2302.05587; Liu et al. (2022), arXiv 2206.07875, algorithm 1.
+    Differs: the metric inverse is applied exactly; warm start is optional.
+
+    Example:
+        >>> import jax.numpy as jnp, odljax as odl
+        >>> D = odl.operators.gradient(lambda u, theta: 0.5 * u[0] ** 2 - theta * u[0], step_size=1.0)  # u[1] is free
+        >>> outer = lambda u, theta: 0.5 * (theta - u[1]) ** 2 + 0.5 * (u[0] - 1.0) ** 2
+        >>> hyper = odl.hypergradients.hodl(D, outer, num_steps=50)
+        >>> gradient, state, info = hyper.update(0.5, hyper.init(0.5, jnp.array([0.01, 0.01])))
+        >>> info.history.residual.shape
+        (50,)
+    """
+    who = "hodl"
+    base = as_iteration(operator_or_iteration)
+    is_callable(who, "outer", outer)
+    num_steps = count(who, "num_steps", num_steps)
+    operator = base.operator
+    if metric_inverse is None and operator is not None:
+        metric_inverse = operator.metric_inverse
+        if metric_inverse is None and operator.metric is not None:
+            metric_inverse = _solve_metric(operator.metric)
+    relaxed = krasnoselskii_mann(base, relaxation)
+
+    def inner_residual(x: X, theta: Theta) -> Any:
+        if operator is None:
+            return None
+        return jax.lax.stop_gradient(residual(operator, *jax.lax.stop_gradient((x, theta))))
+
+    def compose(data: tuple[Any, ...]) -> Any:
+        def loss(x: X, theta: Theta) -> Any:
+            return scalar(who, "the outer loss", outer(x, theta, *data))
+
+        walk = aggregate(relaxed, loss, weight=weight, step_size=step_size, metric_inverse=metric_inverse)
+        if projection is not None:
+            walk = project(walk, projection)
+        solver = for_steps(walk, num_steps, record=lambda x, theta, k: inner_residual(x, theta))
+        return unrolled(solver, checkpoint_every=checkpoint_every), loss
+
+    compose(())  # bad coefficients are told at construction
+
+    def init(theta: Theta, x0: X) -> HODLState:
+        differentiable(who, theta)
+        return HODLState(as_inner(who, "x0", x0), start_outer(theta))
+
+    def update(theta: Theta, state: HODLState, *data: Any) -> tuple[Theta, State, Info]:
+        differentiable(who, theta)
+        solver, loss = compose(data)
+
+        def value_of(theta: Theta) -> Any:
+            solution = solver(state.x, theta)
+            return loss(solution.x, theta), solution
+
+        (value, solution), gradient = jax.value_and_grad(value_of, has_aux=True)(theta)
+        walk, change = advance_outer(state.outer, theta)
+        history = History(solution.history.recorded, None)
+        final = inner_residual(solution.x, theta)
+        info = Info(value, final, None, solution.status, solution.num_steps, change, history, solution.x)
+        x = keep_finite(solution.x, state.x) if warm_start else state.x
+        return gradient, HODLState(x, walk), info
+
+    return Hypergradient(init, update, f"hodl({base.name})")
+
+
+def _solve_metric(metric: Callable[[X, Theta], X]) -> Callable[[X, Theta], X]:
+    """The inverse of a metric by conjugate gradients, differentiable in both modes."""
+
+    def inverse(v: X, theta: Theta) -> X:
+        def solve(matvec: Any, b: Any) -> Any:
+            return cg()(matvec, b)[0]
+
+        return jax.lax.custom_linear_solve(lambda v: metric(v, theta), v, solve, solve, symmetric=True)
+
+    return inverse
+
+

@@ -1,0 +1,246 @@
+"""The iteration record and its constructors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic
+
+import jax
+import optax
+
+from .. import _tree
+from .._checks import coefficient, describe, is_a, is_callable, leaf_name, record, same_as
+from .._types import Coefficient, State, Step, Theta, X
+from ..operators import Operator, as_operator, forward_backward, gradient
+from ..operators._gradient import Objective, Prox, forward_backward_step, value_and_gradient
+
+
+@record
+class Iteration(Generic[X, Theta]):
+    """One way to walk: an initial state and a step, both pure functions.
+
+    The loop owns the step number k and passes it, so schedules need no state.
+
+    Args:
+        init: ``(x, theta) -> state``.
+        step: ``(x, state, theta, k) -> (x, state)``; keeps structure, shapes and dtypes of both.
+        operator: whose fixed point the iterates approach; None: there is none, and ``implicit`` is refused.
+        name: what messages call it; transforms compose it.
+        num_layers: for untied layers, the number of steps that a theta holds; None: any number of steps.
+
+    Example:
+        >>> import odljax as odl
+        >>> odl.anderson(odl.krasnoselskii_mann(odl.gradient_descent(lambda x, theta: x**2, step_size=0.1)))
+        Iteration(anderson(krasnoselskii_mann(gradient_descent)))
+    """
+
+    init: Callable[[X, Theta], State]
+    step: Callable[[X, State, Theta, Step], tuple[X, State]]
+    operator: Operator[X, Theta] | None
+    name: str
+    num_layers: Callable[[Theta], int] | None = None
+
+
+def stateless(x: Any, theta: Any) -> State:
+    """The empty state."""
+    return ()
+
+
+def as_iteration(source: Iteration[X, Theta] | Operator[X, Theta] | Callable[[X, Theta], X]) -> Iteration[X, Theta]:
+    """Returns the iteration itself, or the Picard iteration of an operator or function ``T(x, theta)``.
+
+    Raises:
+        TypeError: source is none of the three.
+
+    Example:
+        >>> import odljax as odl
+        >>> odl.iterations.as_iteration(lambda x, theta: 0.5 * x)
+        Iteration(fixed_point(<lambda>))
+    """
+    return source if isinstance(source, Iteration) else fixed_point(source)
+
+
+def fixed_point(T: Operator[X, Theta] | Callable[[X, Theta], X]) -> Iteration[X, Theta]:
+    r"""Returns the Picard iteration of T.
+
+    .. math:: x_{k+1} = T(x_k, \theta)
+
+    When: T is a contraction, or averaged. For a map that is only non-expansive, relax it: ``krasnoselskii_mann``.
+
+    Args:
+        T: an operator, or a function ``(x, theta) -> x`` that keeps structure, shapes and dtypes.
+
+    Raises:
+        TypeError: T is no function; at trace time, T changes structure, shape or dtype.
+
+    Cost: one application of T a step; no state.
+
+    Source: Picard (1890), Banach (1922).
+
+    Example:
+        >>> import odljax as odl
+        >>> solver = odl.until_converged(odl.fixed_point(lambda x, theta: 0.5 * (x + theta / x)), tol=1e-6, max_steps=20)
+        >>> round(float(solver(1.0, 2.0).x), 4)
+        1.4142
+    """
+    operator = as_operator(T)
+    return Iteration(
+        stateless, lambda x, state, theta, k: (operator(x, theta), state), operator, f"fixed_point({operator.name})"
+    )
+
+
+def gradient_descent(objective: Objective, step_size: Coefficient) -> Iteration:
+    r"""Returns gradient descent on f.
+
+    .. math:: x_{k+1} = x_k - \gamma_k \nabla_x f(x_k, \theta)
+
+    When: f is smooth; :math:`\gamma < 2/L` for an L-Lipschitz gradient. Linear rate where f is strongly convex.
+
+    Args:
+        objective: f, ``(x, theta) -> scalar``.
+        step_size: :math:`\gamma_k > 0`, a number, a schedule of k or a function of theta. The operator, and so the
+            residual, uses the step of k = 0.
+
+    Raises:
+        ValueError: a step size that is not positive (a schedule: at k = 0; warm-up from zero works in ``from_optax``).
+        TypeError: at trace time, an objective that is not a real scalar.
+
+    Cost: one gradient a step; no state.
+
+    Source: Cauchy (1847).
+
+    Example:
+        >>> import jax, odljax as odl
+        >>> descent = odl.gradient_descent(lambda x, theta: 0.5 * (x - theta) ** 2, step_size=0.5)
+        >>> solver = odl.for_steps(descent, 20)
+        >>> round(float(jax.grad(lambda theta: solver(0.0, theta).x)(3.0)), 4)
+        1.0
+    """
+    operator = gradient(objective, step_size)
+    step_at = coefficient("gradient_descent", "step_size", step_size)
+
+    def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
+        _, slope = value_and_gradient("gradient_descent", objective, x, theta)
+        return _tree.subtract(x, _tree.scale(step_at(theta, k), slope)), state
+
+    return Iteration(stateless, step, operator, "gradient_descent")
+
+
+def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) -> Iteration:
+    r"""Returns proximal gradient descent on :math:`f + h`.
+
+    .. math:: x_{k+1} = \operatorname{prox}_{\gamma_k h}(x_k - \gamma_k \nabla_x f(x_k, \theta))
+
+    When: f is smooth, h is not but has a cheap proximal operator; :math:`\gamma < 2/L`.
+
+    Args:
+        objective: f, ``(x, theta) -> scalar``.
+        prox: ``(v, theta, step_size) -> v``, as in ``odljax.prox`` with its parameter in the place of theta.
+        step_size: :math:`\gamma_k > 0`, a number, a schedule of k or a function of theta. The operator uses that of k = 0.
+
+    Raises:
+        ValueError: a step size that is not positive.
+        TypeError: at trace time, an objective that is not a scalar, a prox that changes structure, shape or dtype.
+
+    Cost: one gradient and one prox a step; no state.
+
+    Source: Combettes and Wajs (2005); ISTA in Beck and Teboulle (2009), equation 3.1.
+
+    Example:
+        >>> import odljax as odl
+        >>> lasso = odl.proximal_gradient(lambda x, lam: 0.5 * (x - 3.0) ** 2, odl.prox.l1, step_size=1.0)
+        >>> float(odl.for_steps(lasso, 3)(0.0, 1.0).x)
+        2.0
+    """
+    operator = forward_backward(objective, prox, step_size)
+    step_at = coefficient("proximal_gradient", "step_size", step_size)
+
+    def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
+        _, backward, _ = forward_backward_step(objective, prox, x, theta, step_at(theta, k))
+        return backward, state
+
+    return Iteration(stateless, step, operator, "proximal_gradient")
+
+
+def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Iteration:
+    r"""Returns the iteration of any optax optimiser on f.
+
+    When: Adam, L-BFGS, a schedule, clipping or a line search in the inner problem. The operator is the unit gradient
+    step :math:`x - \nabla_x f`: the same stationary points, so the implicit derivative does not depend on ``tx``.
+
+    Args:
+        objective: f, ``(x, theta) -> scalar``.
+        tx: an optax gradient transformation; those that need ``value``, ``grad`` or ``value_fn`` get them.
+
+    Raises:
+        TypeError: ``tx`` is no gradient transformation; at trace time, an objective that is not a real scalar.
+
+    Cost: one gradient a step and the state of ``tx``.
+
+    Source: optax, the DeepMind JAX ecosystem (2020).
+
+    Example:
+        >>> import optax, odljax as odl
+        >>> adam = odl.from_optax(lambda x, theta: 0.5 * (x - theta) ** 2, optax.adam(0.1))
+        >>> round(float(odl.for_steps(adam, 200)(0.0, 1.0).x), 2)
+        1.0
+    """
+    is_callable("from_optax", "objective", objective)
+    is_a("from_optax", "tx", tx, optax.GradientTransformation, "Build one with optax, for instance optax.adam(1e-2).")
+    extended = optax.with_extra_args_support(tx)
+
+    def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
+        value, slope = value_and_gradient("from_optax", objective, x, theta)
+        updates, state = extended.update(
+            slope, state, x, value=value, grad=slope, value_fn=lambda x: objective(x, theta)
+        )
+        return optax.apply_updates(x, updates), state
+
+    return Iteration(lambda x, theta: extended.init(x), step, gradient(objective, 1.0), "from_optax")
+
+
+def layered(T: Operator[X, Any] | Callable[[X, Any], X]) -> Iteration:
+    r"""Returns untied layers: step k uses slice k of every leaf of theta.
+
+    .. math:: x_{k+1} = T(x_k, \theta_k)
+
+    When: an unrolled network such as LISTA. There is no operator, hence no fixed point beyond the last layer, and only
+    ``unrolled`` and ``truncated`` apply; asking for more steps than theta has layers is refused.
+
+    Shapes: every leaf of theta has a leading axis of the same length, the number of layers.
+
+    Args:
+        T: an operator or function ``(x, theta_k) -> x``.
+
+    Raises:
+        TypeError: T is no function.
+        ValueError: at trace time, leaves of theta without a common leading axis, or more steps than layers.
+
+    Cost: one application of T a step; no state.
+
+    Source: Gregor and LeCun (2010).
+
+    Example:
+        >>> import jax.numpy as jnp, odljax as odl
+        >>> network = odl.for_steps(odl.layered(lambda x, weight: weight * x), 3)
+        >>> float(network(1.0, jnp.array([2.0, 3.0, 4.0])).x)
+        24.0
+    """
+    operator = as_operator(T)
+    name = f"layered({operator.name})"
+
+    def num_layers(theta: Any) -> int:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(theta)
+        lengths = {leaf.shape[0] if getattr(leaf, "ndim", 0) else None for _, leaf in leaves}
+        if len(lengths) != 1 or None in lengths:
+            shapes = ", ".join(f"{leaf_name(path)} {describe(leaf)}" for path, leaf in leaves)
+            raise ValueError(
+                f"{name}: every leaf of theta needs one common leading axis, the layers; came {shapes}. Stack the layers."
+            )
+        return lengths.pop()
+
+    def step(x: X, state: State, theta: Any, k: Step) -> tuple[X, State]:
+        layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, keepdims=False), theta)
+        return same_as(name, "the layer", operator(x, layer), x), state
+
+    return Iteration(stateless, step, None, name, num_layers)

@@ -1,0 +1,429 @@
+r"""Solvers of linear systems ``A v = b`` given the product ``v -> A v``, each returning its residual and status.
+
+They serve the adjoint systems of implicit derivatives, :math:`A = I - \partial_x T` or its transpose, and work on pytrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from . import _tree
+from ._checks import count, number, record
+from ._types import Scalar, Status
+
+__all__ = ["LinearInfo", "LinearSolver", "bicgstab", "cg", "dense", "from_lineax", "gmres", "identity", "neumann"]
+
+MatVec = Callable[[Any], Any]
+
+
+class LinearInfo(NamedTuple):
+    """The truth about a linear solve.
+
+    Attributes:
+        residual: ``||b - A v|| / ||b||``, recomputed at the end rather than taken from a recurrence.
+        num_steps: products with A that the method took.
+        status: a code of ``odl.Status``: CONVERGED; COMPLETED for methods without a stop test; STEP_BUDGET_SPENT; STALLED
+            (breakdown, indefinite matrix for CG, no more progress); NON_FINITE.
+    """
+
+    residual: Array
+    num_steps: Array
+    status: Array
+
+
+@record
+class LinearSolver:
+    """A way to solve ``A v = b``: call it with ``(matvec, b)`` and, for a warm start, a guess.
+
+    Args:
+        run: ``(matvec, b, guess) -> (v, num_steps, stop_test)``; stop_test None: there was none.
+        name: what messages call it.
+        symmetric: whether it is right only for symmetric positive-definite matrices.
+
+    Example:
+        >>> import jax.numpy as jnp, odljax as odl
+        >>> v, info = odl.linear.cg()(lambda v: 2.0 * v, jnp.array([2.0, 4.0]))
+        >>> v.tolist(), odl.Status(int(info.status)).name
+        ([1.0, 2.0], 'CONVERGED')
+    """
+
+    run: Callable[[MatVec, Any, Any], tuple[Any, Array, Array | None]]
+    name: str
+    symmetric: bool = False
+
+    def __call__(self, matvec: MatVec, b: Any, guess: Any = None) -> tuple[Any, LinearInfo]:
+        v, num_steps, tolerance = self.run(matvec, b, guess)
+        size = _tree.norm(b)
+        residual = _tree.norm(_tree.subtract(b, matvec(v))) / jnp.where(size > 0, size, jnp.ones_like(size))
+        if tolerance is None:
+            status = jnp.full_like(num_steps, Status.COMPLETED)
+        else:
+            limit, spent = tolerance
+            # The recurrence of a Krylov method drifts from the true residual by rounding; allow for it.
+            accepted = jnp.maximum(10 * limit, 1e3 * jnp.finfo(residual.dtype).eps)
+            short = jnp.where(spent, jnp.asarray(Status.STEP_BUDGET_SPENT), jnp.asarray(Status.STALLED))
+            status = jnp.where(residual <= accepted, jnp.asarray(Status.CONVERGED), short).astype(jnp.int32)
+        status = jnp.where(jnp.isfinite(residual), status, jnp.full_like(status, Status.NON_FINITE))
+        return v, LinearInfo(residual, num_steps, status)
+
+
+def _tolerance(who: str, tol: Scalar | None) -> Callable[[Any], Array]:
+    """The tolerance in the accumulation dtype of b; by default 1e-12 in float64 and 1e-6 in float32."""
+    if tol is not None:
+        number(who, "tol", tol)
+    return lambda b: jnp.asarray(
+        tol if tol is not None else 1e-12 if _tree.accumulation_dtype(b).itemsize == 8 else 1e-6
+    ).astype(_tree.accumulation_dtype(b))
+
+
+def _start(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Any]:
+    """The first iterate and its residual."""
+    if guess is None:
+        return _tree.zeros_like(b), b
+    return guess, _tree.subtract(b, matvec(guess))
+
+
+def _safe_ratio(numerator: Array, denominator: Array) -> Array:
+    return jnp.where(denominator == 0, jnp.zeros_like(numerator), numerator / jnp.where(denominator == 0, 1, denominator))
+
+
+def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
+    r"""Returns conjugate gradients, for symmetric positive-definite matrices.
+
+    When: the operator is a gradient step and the objective strongly convex at the solution. It is refused where the
+    operator's Jacobian is not declared symmetric. Stops at the best iterate when a direction of non-positive curvature
+    shows that the matrix is not positive definite (STALLED).
+
+    Args:
+        tol: on ``||b - A v|| / ||b||``; default 1e-12 in float64, 1e-6 in float32.
+        max_steps: at least 1.
+
+    Raises:
+        ValueError: a tolerance that is not positive, a step budget below 1.
+
+    Cost: one product a step, two inner products, four copies of v; one product more for the final residual.
+
+    Source: Hestenes and Stiefel (1952).
+
+    Example:
+        >>> import jax.numpy as jnp, odljax as odl
+        >>> A = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+        >>> v, info = odl.linear.cg()(lambda v: A @ v, jnp.array([3.0, 4.0]))
+        >>> [round(float(entry), 5) for entry in v]
+        [1.0, 1.0]
+    """
+    limit_of = _tolerance("cg", tol)
+    max_steps = count("cg", "max_steps", max_steps)
+
+    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+        limit = limit_of(b)
+        v, r = _start(matvec, b, guess)
+        target = (limit * _tree.norm(b)) ** 2
+        rr = _tree.vdot(r, r)
+
+        def running(carry: Any) -> Array:
+            v, r, p, rr, k, broken = carry
+            return (rr > target) & (k < max_steps) & ~broken
+
+        def body(carry: Any) -> Any:
+            v, r, p, rr, k, _ = carry
+            q = matvec(p)
+            curvature = _tree.vdot(p, q)
+            broken = ~(curvature > 0)
+            alpha = jnp.where(broken, jnp.zeros_like(rr), _safe_ratio(rr, curvature))
+            v, r = _tree.add_scaled(v, alpha, p), _tree.add_scaled(r, -alpha, q)
+            new = jnp.where(broken, rr, _tree.vdot(r, r))
+            p = _tree.add_scaled(r, _safe_ratio(new, rr), p)
+            return v, r, p, new, k + 1, broken
+
+        start = (v, r, r, rr, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+        v, _, _, _, k, broken = jax.lax.while_loop(running, body, start)
+        return v, k, (limit, (k >= max_steps) & ~broken)
+
+    return LinearSolver(run, "cg", symmetric=True)
+
+
+def bicgstab(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
+    r"""Returns BiCGStab, for general matrices with short recurrences.
+
+    When: the Jacobian is not symmetric and memory is short; less robust than GMRES.
+
+    Args:
+        tol: on ``||b - A v|| / ||b||``; default 1e-12 in float64, 1e-6 in float32.
+        max_steps: products with A, at least 1 (two a step).
+
+    Raises:
+        ValueError: a tolerance that is not positive, a step budget below 1.
+
+    Cost: two products a step, seven copies of v; one product more for the final residual.
+
+    Source: van der Vorst (1992).
+
+    Example:
+        >>> import jax.numpy as jnp, odljax as odl
+        >>> A = jnp.array([[2.0, 1.0], [0.0, 3.0]])
+        >>> v, info = odl.linear.bicgstab()(lambda v: A @ v, jnp.array([3.0, 3.0]))
+        >>> [round(float(entry), 5) for entry in v]
+        [1.0, 1.0]
+    """
+    limit_of = _tolerance("bicgstab", tol)
+    max_steps = count("bicgstab", "max_steps", max_steps)
+
+    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+        limit = limit_of(b)
+        v, r = _start(matvec, b, guess)
+        target = limit * _tree.norm(b)
+        shadow = r
+
+        def running(carry: Any) -> Array:
+            v, r, p, rho, k, broken = carry
+            return (_tree.norm(r) > target) & (k < max_steps) & ~broken
+
+        def body(carry: Any) -> Any:
+            v, r, p, rho, k, _ = carry
+            q = matvec(p)
+            alpha = _safe_ratio(rho, _tree.vdot(shadow, q))
+            s = _tree.add_scaled(r, -alpha, q)
+            t = matvec(s)
+            omega = _safe_ratio(_tree.vdot(t, s), _tree.vdot(t, t))
+            v = _tree.add_scaled(_tree.add_scaled(v, alpha, p), omega, s)
+            r = _tree.add_scaled(s, -omega, t)
+            new = _tree.vdot(shadow, r)
+            beta = _safe_ratio(new, rho) * _safe_ratio(alpha, omega)
+            p = _tree.add_scaled(r, beta, _tree.add_scaled(p, -omega, q))
+            return v, r, p, new, k + 2, (alpha == 0) | (omega == 0) | (new == 0) & (_tree.norm(r) > target)
+
+        start = (v, r, r, _tree.vdot(r, r), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+        v, _, _, _, k, broken = jax.lax.while_loop(running, body, start)
+        return v, k, (limit, (k >= max_steps) & ~broken)
+
+    return LinearSolver(run, "bicgstab")
+
+
+def gmres(*, tol: Scalar | None = None, max_steps: int = 1000, restart: int = 30) -> LinearSolver:
+    r"""Returns restarted GMRES, for general matrices.
+
+    .. math:: v_m = \arg\min_{v \in v_0 + K_m(A, r_0)} \|b - A v\|
+
+    When: the Jacobian is not symmetric: proximal, ADMM and network maps. The default there. The basis is orthogonalised
+    twice, and a subspace that is exhausted early is handled by the minimum-norm least-squares solution.
+
+    Args:
+        tol: on ``||b - A v|| / ||b||``, tested after each cycle; default 1e-12 in float64, 1e-6 in float32.
+        max_steps: products with A, at least 1, rounded up to whole cycles.
+        restart: size of the Krylov space, at least 1; cut to the number of unknowns.
+
+    Raises:
+        ValueError: a tolerance that is not positive, a step budget or restart below 1.
+
+    Cost: one product a step and, a cycle of m = restart steps, one more; m + 1 copies of v.
+
+    Source: Saad and Schultz (1986); orthogonalised twice: Giraud, Langou and Rozloznik (2005).
+
+    Example:
+        >>> import jax.numpy as jnp, odljax as odl
+        >>> A = jnp.array([[2.0, 1.0], [0.0, 3.0]])
+        >>> v, info = odl.linear.gmres()(lambda v: A @ v, jnp.array([3.0, 3.0]))
+        >>> [round(float(entry), 5) for entry in v]
+        [1.0, 1.0]
+    """
+    limit_of = _tolerance("gmres", tol)
+    max_steps = count("gmres", "max_steps", max_steps)
+    restart = count("gmres", "restart", restart)
+
+    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+        limit = limit_of(b)
+        m = min(restart, sum(leaf.size for leaf in jax.tree.leaves(b)))
+        target = limit * _tree.norm(b)
+
+        def combine(coefficients: Array, basis: Any) -> Any:
+            def one(leaf: Array) -> Array:
+                weights = coefficients.astype(leaf.dtype).reshape((-1,) + (1,) * (leaf.ndim - 1))
+                return jnp.sum(weights * leaf[: len(coefficients)], axis=0)
+
+            return jax.tree.map(one, basis)
+
+        def unit(r: Any, size: Array) -> Any:
+            return _tree.scale(_safe_ratio(jnp.ones_like(size), size), r)
+
+        def cycle(v: Any, r: Any, size: Array) -> tuple[Any, Any, Array]:
+            basis = jax.tree.map(lambda leaf: jnp.zeros((m + 1, *leaf.shape), leaf.dtype).at[0].set(leaf), unit(r, size))
+            hessenberg = jnp.zeros((m + 1, m), size.dtype)
+
+            def arnoldi(j: Array, carry: Any) -> Any:
+                basis, hessenberg = carry
+                w = matvec(jax.tree.map(lambda leaf: leaf[j], basis))
+                length = _tree.norm(w)
+                column = jnp.zeros(m + 1, size.dtype)
+                for _ in range(2):
+                    overlap = jax.vmap(lambda direction, w=w: _tree.vdot(direction, w))(basis)
+                    w = _tree.subtract(w, combine(overlap, basis))
+                    column = column + overlap
+                rest = _tree.norm(w)
+                rest = jnp.where(rest > 10 * jnp.finfo(rest.dtype).eps * length, rest, jnp.zeros_like(rest))
+                basis = jax.tree.map(lambda leaf, new: leaf.at[j + 1].set(new), basis, unit(w, rest))
+                return basis, hessenberg.at[:, j].set(column.at[j + 1].set(rest))
+
+            basis, hessenberg = jax.lax.fori_loop(0, m, arnoldi, (basis, hessenberg))
+            first = jnp.zeros(m + 1, size.dtype).at[0].set(size)
+            y = jnp.linalg.lstsq(hessenberg, first)[0]
+            v = _tree.add(v, combine(y, basis))
+            r = _tree.subtract(b, matvec(v))
+            return v, r, _tree.norm(r)
+
+        def running(carry: Any) -> Array:
+            _, _, size, k, stuck = carry
+            return (size > target) & (k < max_steps) & ~stuck
+
+        def body(carry: Any) -> Any:
+            v, r, size, k, _ = carry
+            new_v, new_r, new_size = cycle(v, r, size)
+            better = new_size < size
+            return (
+                _tree.where(better, new_v, v),
+                _tree.where(better, new_r, r),
+                jnp.where(better, new_size, size),
+                k + m,
+                ~(new_size < 0.99 * size),
+            )
+
+        v, r = _start(matvec, b, guess)
+        start = (v, r, _tree.norm(r), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+        v, _, _, k, stuck = jax.lax.while_loop(running, body, start)
+        return v, k, (limit, (k >= max_steps) & ~stuck)
+
+    return LinearSolver(run, "gmres")
+
+
+def neumann(terms: int) -> LinearSolver:
+    r"""Returns the truncated Neumann series.
+
+    .. math:: v = \sum_{i=0}^{\mathrm{terms}} (I - A)^i b
+
+    When: :math:`I - A` (the Jacobian of T) is a contraction with rate q and an error of order :math:`q^{\mathrm{terms}+1}`
+    is good enough; it equals differentiating ``terms + 1`` Picard steps at the solution. A warm-start guess is not used.
+
+    Args:
+        terms: the highest power, at least 0; 0 is the identity.
+
+    Raises:
+        ValueError: a negative number of terms.
+
+    Cost: ``terms`` products, and one more for the residual where it is looked at.
+
+    Source: Neumann (1877); as a hypergradient: Lorraine, Vicol and Duvenaud (2020).
+
+    Example:
+        >>> import jax.numpy as jnp, odljax as odl
+        >>> v, info = odl.linear.neumann(2)(lambda v: 0.5 * v, jnp.array([1.0]))
+        >>> float(v[0]), float(info.residual)
+        (1.75, 0.125)
+    """
+    terms = count("neumann", "terms", terms, least=0)
+
+    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, None]:
+        def body(_: Array, v: Any) -> Any:
+            return _tree.add(b, _tree.subtract(v, matvec(v)))
+
+        v = jax.lax.fori_loop(0, terms, body, b) if terms else b
+        return v, jnp.asarray(terms, jnp.int32), None
+
+    return LinearSolver(run, f"neumann({terms})")
+
+
+def identity() -> LinearSolver:
+    """Returns the solver that takes ``v = b``: the one-step (Jacobian-free) derivative.
+
+    When: the Jacobian of T is small, or a biased but cheap hypergradient is good enough.
+
+    Cost: nothing, and one product for the residual where it is looked at.
+
+    Source: Bolte, Pauwels and Vaiter (2023); Fung et al. (2022).
+
+    Example:
+        >>> import jax.numpy as jnp, odljax as odl
+        >>> v, info = odl.linear.identity()(lambda v: 0.5 * v, jnp.array([1.0]))
+        >>> float(v[0]), float(info.residual)
+        (1.0, 0.5)
+    """
+    return LinearSolver(lambda matvec, b, guess: (b, jnp.zeros((), jnp.int32), None), "identity")
+
+
+def dense() -> LinearSolver:
+    """Returns the direct solver, which builds the matrix from its columns and factorises it (LU).
+
+    When: few unknowns, or a reference. In float32 it loses digits in proportion to the condition number.
+
+    Cost: n products at once, n^2 numbers, n^3 operations for n unknowns.
+
+    Source: LAPACK gesv through ``jnp.linalg.solve``.
+
+    Example:
+        >>> import jax.numpy as jnp, odljax as odl
+        >>> v, info = odl.linear.dense()(lambda v: 4.0 * v, jnp.array([2.0]))
+        >>> float(v[0])
+        0.5
+    """
+
+    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+        dtype = _tree.accumulation_dtype(b)
+        wide = jax.tree.map(lambda leaf: leaf.astype(dtype), b)
+        flat, unravel = ravel_pytree(wide)
+
+        def narrow(v: Array) -> Any:
+            return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), unravel(v), b)
+
+        def product(v: Array) -> Array:
+            return ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), matvec(narrow(v))))[0]
+
+        matrix = jax.vmap(product, out_axes=1)(jnp.eye(flat.size, dtype=dtype))
+        v = narrow(jnp.linalg.solve(matrix, flat))
+        limit = jnp.asarray(1e4 * jnp.finfo(dtype).eps, dtype)
+        return v, jnp.asarray(flat.size, jnp.int32), (limit, jnp.zeros((), bool))
+
+    return LinearSolver(run, "dense")
+
+
+def from_lineax(solver: Any, *, tags: Any = ()) -> LinearSolver:
+    """Returns any lineax solver in this form.
+
+    Args:
+        solver: a ``lineax.AbstractLinearSolver``, for instance ``lineax.GMRES(rtol=1e-8, atol=1e-8)``.
+        tags: lineax tags of the matrix, for instance ``lineax.positive_semidefinite_tag``, which ``lineax.CG`` wants.
+
+    Raises:
+        ImportError: lineax is not installed.
+
+    Cost: that of the solver, and one product for the residual.
+
+    Source: lineax, Rader, Lyons and Kidger (2023).
+
+    Example:
+        >>> import jax.numpy as jnp, lineax, odljax as odl
+        >>> solver = odl.linear.from_lineax(lineax.GMRES(rtol=1e-5, atol=1e-5))
+        >>> v, info = solver(lambda v: 2.0 * v, jnp.array([2.0, 4.0]))
+        >>> [round(float(entry), 4) for entry in v]
+        [1.0, 2.0]
+    """
+    try:
+        import lineax
+    except ImportError as error:
+        raise ImportError("from_lineax: lineax is not installed; run pip install lineax.") from error
+
+    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+        operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b), tags)
+        options = {} if guess is None else {"y0": guess}
+        solution = lineax.linear_solve(operator, b, solver, options=options, throw=False)
+        steps = solution.stats.get("num_steps", 0)
+        rtol = getattr(solver, "rtol", 1e4 * jnp.finfo(_tree.accumulation_dtype(b)).eps)
+        limit = jnp.asarray(rtol).astype(_tree.accumulation_dtype(b))
+        spent = solution.result == lineax.RESULTS.max_steps_reached
+        return solution.value, jnp.asarray(steps, jnp.int32), (limit, jnp.asarray(spent))
+
+    return LinearSolver(run, f"lineax.{type(solver).__name__}", symmetric=type(solver).__name__ == "CG")

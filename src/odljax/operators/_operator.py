@@ -1,0 +1,172 @@
+"""The operator record and the two ways to make a new operator of old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic
+
+import jax.numpy as jnp
+from jax import Array
+
+from .. import _tree
+from .._checks import as_inner, coefficient, is_callable, record, same_as
+from .._types import Coefficient, Theta, X
+
+
+@record
+class Operator(Generic[X, Theta]):
+    r"""A map ``T(x, theta) -> x`` with what a solver, a derivative or a probe may want to know about it.
+
+    Calling it applies it. ``Operator(T)`` is all that a map needs; the rest makes it faster, more exact or checkable.
+
+    Args:
+        apply: the map :math:`T_\theta`; keeps the structure, shapes and dtypes of x.
+        displacement: :math:`x - T_\theta(x)` in a form without cancellation; residuals and adjoint systems use it.
+            None: the plain difference. (For a gradient step it is the step times the gradient, which keeps the adjoint
+            of an ill-conditioned problem exact in float32.)
+        metric: :math:`v \mapsto G_\theta v`, ``(v, theta) -> v``, the positive-definite metric in which T is
+            non-expansive. None: the identity.
+        metric_inverse: :math:`v \mapsto G_\theta^{-1} v`. None: solved for by conjugate gradients where it is needed.
+        symmetric: whether the Jacobian of T in x is symmetric and :math:`I - T'` positive definite at the solution, so
+            that conjugate gradients may solve the adjoint system. True for gradient steps, False for proximal,
+            ADMM and network maps.
+        name: what messages call it.
+
+    Example:
+        >>> import odljax as odl
+        >>> T = odl.operators.Operator(lambda x, theta: 0.5 * x + theta)
+        >>> float(T(1.0, 2.0))
+        2.5
+    """
+
+    apply: Callable[[X, Theta], X]
+    displacement: Callable[[X, Theta], X] | None = None
+    metric: Callable[[X, Theta], X] | None = None
+    metric_inverse: Callable[[X, Theta], X] | None = None
+    symmetric: bool = False
+    name: str = "operator"
+
+    def __post_init__(self) -> None:
+        is_callable(self.name, "apply", self.apply)
+
+    def __call__(self, x: X, theta: Theta) -> X:
+        x = as_inner(self.name, "x", x)
+        return same_as(self.name, "the operator T(x, theta)", self.apply(x, theta), x)
+
+
+def displacement(operator: Operator[X, Theta], x: X, theta: Theta) -> X:
+    """``x - T(x, theta)``: what vanishes at a fixed point."""
+    if operator.displacement is None:
+        return _tree.subtract(x, operator(x, theta))
+    return same_as(operator.name, "the operator's displacement", operator.displacement(x, theta), x)
+
+
+def as_operator(T: Operator[X, Theta] | Callable[[X, Theta], X]) -> Operator[X, Theta]:
+    """Returns T itself if it is an operator, else the operator of the function ``T(x, theta)``.
+
+    Args:
+        T: an operator or a function ``(x, theta) -> x``.
+
+    Raises:
+        TypeError: T is neither.
+
+    Example:
+        >>> import odljax as odl
+        >>> odl.operators.as_operator(lambda x, theta: x)
+        Operator(<lambda>)
+    """
+    if isinstance(T, Operator):
+        return T
+    is_callable("as_operator", "T", T)
+    return Operator(T, name=getattr(T, "__name__", type(T).__name__))
+
+
+def averaged(
+    operator: Operator[X, Theta] | Callable[[X, Theta], X], relaxation: Coefficient = 0.5
+) -> Operator[X, Theta]:
+    r"""Returns the averaged operator, which has the same fixed points.
+
+    .. math:: T_\alpha(x, \theta) = x + \alpha (T(x, \theta) - x)
+
+    When: T is only non-expansive; its average is then firmly so, and its iteration converges.
+
+    Args:
+        operator: T, an operator or a function ``(x, theta) -> x``.
+        relaxation: :math:`\alpha` in (0, 2), a number or a function of theta; above 1 only if T is itself averaged.
+
+    Raises:
+        ValueError: a relaxation outside (0, 2).
+
+    Cost: one application of T.
+
+    Source: Krasnoselskii (1955), Mann (1953); Bauschke and Combettes (2017), definition 4.33.
+
+    Example:
+        >>> import odljax as odl
+        >>> T = odl.operators.averaged(lambda x, theta: -x, relaxation=0.5)
+        >>> float(T(3.0, None))
+        0.0
+    """
+    operator = as_operator(operator)
+    relax = coefficient("averaged", "relaxation", relaxation, high=2.0)
+
+    def step_back(x: X, theta: Theta) -> X:
+        return _tree.scale(relax(theta, _NO_STEP), displacement(operator, x, theta))
+
+    return Operator(
+        apply=lambda x, theta: _tree.interpolate(x, operator(x, theta), relax(theta, _NO_STEP)),
+        displacement=step_back,
+        metric=operator.metric,
+        metric_inverse=operator.metric_inverse,
+        symmetric=operator.symmetric,
+        name=f"averaged({operator.name})",
+    )
+
+
+_NO_STEP: Any = 0
+
+
+def compose(
+    *operators: Operator[X, Theta] | Callable[[X, Theta], X],
+    metric: Callable[[X, Theta], X] | None = None,
+    metric_inverse: Callable[[X, Theta], X] | None = None,
+) -> Operator[X, Theta]:
+    r"""Returns the composition, the last operator applied first.
+
+    .. math:: T = T_1 \circ T_2 \circ \dots \circ T_n
+
+    When: a learned network follows or precedes a numerical step. The composition is non-expansive if all factors are so
+    in one and the same metric: state that metric here.
+
+    Args:
+        operators: at least one operator or function ``(x, theta) -> x``.
+        metric: the common metric, ``(v, theta) -> v``. None: the identity.
+        metric_inverse: its inverse, ``(v, theta) -> v``.
+
+    Raises:
+        TypeError: no operator came.
+
+    Cost: one application of each.
+
+    Example:
+        >>> import odljax as odl
+        >>> T = odl.operators.compose(lambda x, theta: x + theta, lambda x, theta: 2.0 * x)
+        >>> float(T(1.0, 10.0))
+        12.0
+    """
+    if not operators:
+        raise TypeError("compose: needs at least one operator; none came.")
+    factors = [as_operator(operator) for operator in operators]
+
+    def apply(x: X, theta: Theta) -> X:
+        for factor in reversed(factors):
+            x = factor(x, theta)
+        return x
+
+    name = f"compose({', '.join(factor.name for factor in factors)})"
+    return Operator(apply, metric=metric, metric_inverse=metric_inverse, name=name)
+
+
+def residual(operator: Operator[X, Theta], x: X, theta: Theta) -> Array:
+    """``||x - T(x, theta)||``, in the Euclidean norm over all leaves."""
+    return jnp.asarray(_tree.norm(displacement(operator, x, theta)))

@@ -1,0 +1,200 @@
+"""Entry-by-entry operators."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
+
+from odljax.prox._leafwise import STATIC, leafwise, pair, spread
+
+
+def identity(v: PyTree[ArrayLike], parameter: object = None, step_size: object = 1.0) -> PyTree[Float[Array, "..."]]:
+    """Return v: the proximal operator of h = 0.
+
+    Turns a proximal method into its smooth special case without another code path.
+
+    Shapes: any tree of any shapes.
+    Args:
+        v: tree of floating-point arrays.
+        parameter: ignored.
+        step_size: ignored.
+    Returns: v as arrays.
+    Raises: TypeError where a leaf of v is not real floating-point.
+    At kinks: there are none.
+    Cost: none.
+    Source: Moreau, 1965, with h = 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from odljax import prox
+        >>> prox.identity(jnp.array([1.0, -2.0])).tolist()
+        [1.0, -2.0]
+    """
+    return leafwise("prox.identity", lambda x: x, v)
+
+
+def non_negative(
+    v: PyTree[ArrayLike], parameter: object = None, step_size: object = 1.0
+) -> PyTree[Float[Array, "..."]]:
+    """Return max(v, 0): the projection onto the non-negative orthant.
+
+    For inner problems with x >= 0. h is the indicator of the orthant, so that the step size plays no part.
+
+    Shapes: any tree of any shapes, entry by entry.
+    Args:
+        v: tree of floating-point arrays.
+        parameter: ignored.
+        step_size: ignored.
+    Returns: a tree like v.
+    Raises: TypeError where a leaf of v is not real floating-point.
+    At kinks: the derivative at v = 0 is 0.
+    Cost: one pass.
+    Source: Parikh and Boyd, 2014, section 6.2.1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from odljax import prox
+        >>> prox.non_negative(jnp.array([1.0, -2.0])).tolist()
+        [1.0, 0.0]
+    """
+    return leafwise("prox.non_negative", lambda x: _at_least(x, jnp.zeros_like(x)), v)
+
+
+def box(v: PyTree[ArrayLike], parameter: PyTree[ArrayLike], step_size: object = 1.0) -> PyTree[Float[Array, "..."]]:
+    """Return min(max(v, lower), upper): the projection onto the box lower <= x <= upper.
+
+    For bounds on every entry; infinite bounds are allowed, and lower = upper holds an entry fixed. h is the indicator
+    of the box, so that the step size plays no part.
+
+    Shapes: any tree of any shapes, entry by entry; each bound is a scalar, an array that broadcasts to the leaf,
+        or a tree of these that is a prefix of v.
+    Args:
+        v: tree of floating-point arrays.
+        parameter: (lower, upper) with lower <= upper; where that fails in traced values, upper is returned.
+        step_size: ignored.
+    Returns: a tree like v.
+    Raises: TypeError where a leaf of v is not real floating-point or a bound not a real number; ValueError where
+        parameter is not a pair, the structure or shape of a bound does not fit v, or Python or NumPy bounds cross.
+    At kinks: the derivative on a bound is that of the bound (0 in v, 1 in the bound).
+    Cost: one pass.
+    Source: Parikh and Boyd, 2014, section 6.2.4.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from odljax import prox
+        >>> prox.box(jnp.array([2.0, -3.0, 0.5]), (-1.0, 1.0)).tolist()
+        [1.0, -1.0, 0.5]
+    """
+    lower, upper = pair("prox.box", "(lower, upper)", parameter)
+    result = leafwise("prox.box", _clip, v, signed=True, lower=lower, upper=upper)
+    for low, high in zip(spread("prox.box", "lower", lower, v), spread("prox.box", "upper", upper, v), strict=True):
+        if isinstance(low, STATIC) and isinstance(high, STATIC) and np.any(np.asarray(low) > np.asarray(high)):
+            raise ValueError(f"prox.box needs lower <= upper; they are {low} and {high}; exchange them.")
+    return result
+
+
+def l1(
+    v: PyTree[ArrayLike], parameter: PyTree[ArrayLike], step_size: PyTree[ArrayLike] = 1.0
+) -> PyTree[Float[Array, "..."]]:
+    """Return sign(v) max(|v| - t, 0) with t = step_size * lam: soft thresholding, for h = lam |x|_1.
+
+    For sparse x, as in the lasso and in sparse coding.
+
+    Shapes: any tree of any shapes, entry by entry; lam and step_size are scalars, arrays that broadcast to the leaf,
+        or trees of these that are prefixes of v.
+    Args:
+        v: tree of floating-point arrays.
+        parameter: lam >= 0.
+        step_size: >= 0; one for each entry gives the operator in that diagonal metric.
+    Returns: a tree like v.
+    Raises: TypeError where a leaf of v is not real floating-point or a coefficient not a real number; ValueError where
+        the structure or shape of a coefficient does not fit v, or it is a negative Python or NumPy number.
+    At kinks: where |v| = t the derivative is that of the shrinking side: 1 in v and -sign(v) in t.
+    Cost: one pass.
+    Source: Daubechies, Defrise and De Mol, 2004.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from odljax import prox
+        >>> prox.l1(jnp.array([3.0, -0.5]), 2.0, step_size=0.5).tolist()
+        [2.0, 0.0]
+    """
+    return leafwise("prox.l1", lambda x, lam, step: _shrink(x, step * lam), v, lam=parameter, step_size=step_size)
+
+
+def ridge(
+    v: PyTree[ArrayLike], parameter: PyTree[ArrayLike], step_size: PyTree[ArrayLike] = 1.0
+) -> PyTree[Float[Array, "..."]]:
+    """Return v / (1 + step_size * lam): the proximal operator of h = lam/2 |x|^2.
+
+    For Tikhonov terms that are better taken implicitly than by a gradient step.
+
+    Shapes: any tree of any shapes, entry by entry; lam and step_size are scalars, arrays that broadcast to the leaf,
+        or trees of these that are prefixes of v.
+    Args:
+        v: tree of floating-point arrays.
+        parameter: lam >= 0.
+        step_size: >= 0; one for each entry gives the operator in that diagonal metric.
+    Returns: a tree like v.
+    Raises: TypeError where a leaf of v is not real floating-point or a coefficient not a real number; ValueError where
+        the structure or shape of a coefficient does not fit v, or it is a negative Python or NumPy number.
+    At kinks: there are none.
+    Cost: one pass.
+    Source: Parikh and Boyd, 2014, section 6.1.1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from odljax import prox
+        >>> prox.ridge(jnp.array([3.0, -1.0]), 2.0, step_size=0.5).tolist()
+        [1.5, -0.5]
+    """
+    return leafwise("prox.ridge", lambda x, lam, step: x / (1 + step * lam), v, lam=parameter, step_size=step_size)
+
+
+def elastic_net(
+    v: PyTree[ArrayLike], parameter: PyTree[ArrayLike], step_size: PyTree[ArrayLike] = 1.0
+) -> PyTree[Float[Array, "..."]]:
+    """Return sign(v) max(|v| - t, 0) / (1 + t gamma), t = step_size * lam: h = lam |x|_1 + lam gamma/2 |x|^2.
+
+    For sparse x where the lasso's solution is not unique or not stable: gamma > 0 makes h strongly convex.
+
+    Shapes: any tree of any shapes, entry by entry; lam, gamma and step_size are scalars, arrays that broadcast to the
+        leaf, or trees of these that are prefixes of v.
+    Args:
+        v: tree of floating-point arrays.
+        parameter: (lam, gamma), both >= 0.
+        step_size: >= 0; one for each entry gives the operator in that diagonal metric.
+    Returns: a tree like v.
+    Raises: TypeError where a leaf of v is not real floating-point or a coefficient not a real number; ValueError where
+        parameter is not a pair, the structure or shape of a coefficient does not fit v, or it is a negative Python or
+        NumPy number.
+    At kinks: where |v| = t the derivative is that of the shrinking side.
+    Cost: one pass.
+    Source: Zou and Hastie, 2005; scaled so that gamma is the ratio of the two terms.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from odljax import prox
+        >>> prox.elastic_net(jnp.array([3.0, -0.5]), (1.0, 3.0)).tolist()
+        [0.5, 0.0]
+    """
+    lam, gamma = pair("prox.elastic_net", "(lam, gamma)", parameter)
+    return leafwise("prox.elastic_net", _shrink_and_scale, v, lam=lam, gamma=gamma, step_size=step_size)
+
+
+def _shrink(x: Array, threshold: Array) -> Array:
+    # `<` and this order of the branches: a NaN in either argument comes out, and threshold 0 has derivative 1 even at 0
+    return jnp.where(jnp.abs(x) < threshold, 0, x - jnp.sign(x) * threshold)
+
+
+def _shrink_and_scale(x: Array, lam: Array, gamma: Array, step: Array) -> Array:
+    return _shrink(x, step * lam) / (1 + step * lam * gamma)
+
+
+def _at_least(x: Array, bound: Array) -> Array:
+    # the tie goes to the bound; maximum, which would halve the derivative there, carries NaN from either argument
+    return jnp.where(x <= bound, bound, jnp.maximum(x, bound))
+
+
+def _clip(x: Array, lower: Array, upper: Array) -> Array:
+    return -_at_least(-_at_least(x, lower), -upper)

@@ -1,0 +1,300 @@
+"""What every proximal operator promises, checked on every row of one table. A new operator is one more row."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from odljax import prox
+
+N = 4  # v is [..., 2, N]
+STEP = 0.7
+WEIGHTS = np.array([[0.3, 0.8, 0.5, 0.4], [0.9, 0.2, 0.6, 0.7]])
+
+
+def total(x):
+    return np.sum(x, axis=(-2, -1))
+
+
+def rows(x):
+    return np.linalg.norm(x, axis=-1)
+
+
+def diagonal(values):
+    return np.diag(np.broadcast_to(values, (2, N)).ravel())
+
+
+def simplex_by_bisection(x, scale):
+    scale = np.broadcast_to(scale, 2)[:, None]
+    low, high = x.min(-1, keepdims=True) - scale, x.max(-1, keepdims=True)
+    for _ in range(100):
+        tau = (low + high) / 2
+        above = np.maximum(x - tau, 0).sum(-1, keepdims=True) > scale
+        low, high = np.where(above, tau, low), np.where(above, high, tau)
+    return np.maximum(x - high, 0)
+
+
+def ball(x, radius):
+    return x * np.minimum(1, radius / np.sqrt(total(x**2)))[..., None, None]
+
+
+def ball_jacobian(v, radius, step):
+    v, length = v.ravel(), np.linalg.norm(v)
+    return np.eye(2 * N) if length < radius else radius / length * (np.eye(2 * N) - np.outer(v, v) / length**2)
+
+
+def row_by_row(jacobian):
+    def whole(v, parameter, step):
+        blocks = np.zeros((2, N, 2, N))
+        for i in range(2):
+            blocks[i, :, i, :] = jacobian(v[i], np.broadcast_to(parameter, 2)[i], step)
+        return blocks.reshape(2 * N, 2 * N)
+
+    return whole
+
+
+def group_jacobian(v, lam, step):
+    length, unit = np.linalg.norm(v), v / np.linalg.norm(v)
+    ratio = step * lam / length
+    return (ratio < 1) * ((1 - ratio) * np.eye(N) + ratio * np.outer(unit, unit))
+
+
+def simplex_jacobian(v, scale, step):
+    support = simplex_by_bisection(np.stack([v, v]), scale)[0] > 1e-12
+    return np.diag(support) - np.outer(support, support) / support.sum()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    prox: Callable
+    parameter: Any
+    jacobian: Callable  # (v, parameter, step) -> d prox / d v, an [8, 8] matrix
+    penalty: Callable = lambda x, parameter: total(0 * x)  # h on its domain, for x [..., 2, N]
+    feasible: Callable = lambda x, parameter: x  # the projection onto the domain of h, for x [..., 2, N]
+
+
+ROWS = [
+    Row(prox.identity, None, lambda v, p, s: diagonal(1.0)),
+    Row(prox.non_negative, None, lambda v, p, s: diagonal(v > 0), feasible=lambda x, p: np.maximum(x, 0)),
+    Row(
+        prox.box,
+        (-WEIGHTS, np.array(0.6)),
+        lambda v, p, s: diagonal((v > p[0]) & (v < p[1])),
+        feasible=lambda x, p: np.clip(x, *p),
+    ),
+    Row(
+        prox.l1,
+        WEIGHTS,
+        lambda v, p, s: diagonal(np.abs(v) > s * p),
+        penalty=lambda x, p: total(p * np.abs(x)),
+    ),
+    Row(
+        prox.ridge,
+        WEIGHTS[0],
+        lambda v, p, s: diagonal(1 / (1 + s * p)),
+        penalty=lambda x, p: total(p * x**2 / 2),
+    ),
+    Row(
+        prox.elastic_net,
+        (np.array(0.6), WEIGHTS),
+        lambda v, p, s: diagonal((np.abs(v) > s * p[0]) / (1 + s * p[0] * p[1])),
+        penalty=lambda x, p: total(p[0] * np.abs(x) + p[0] * p[1] * x**2 / 2),
+    ),
+    Row(
+        prox.group_lasso,
+        np.array([0.8, 1.5]),
+        row_by_row(group_jacobian),
+        penalty=lambda x, p: np.sum(p * rows(x), axis=-1),
+    ),
+    Row(prox.l2_ball, np.array(1.3), ball_jacobian, feasible=ball),
+    Row(prox.simplex, np.array([1.0, 0.4]), row_by_row(simplex_jacobian), feasible=simplex_by_bisection),
+]
+LEAFWISE = [row for row in ROWS if row.prox is not prox.l2_ball]  # the ball is the one whose leaves know each other
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.prox.__name__)
+every_leafwise_row = pytest.mark.parametrize("row", LEAFWISE, ids=lambda row: row.prox.__name__)
+near_and_far = pytest.mark.parametrize("size", [0.3, 2.0])  # most entries below, and above, the thresholds and bounds
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@functools.cache
+def on_stack(row):
+    """The operator on a stack of points; one compilation serves several tests."""
+    return jax.jit(jax.vmap(row.prox, in_axes=(0, None, None)))
+
+
+@functools.cache
+def on_vector(row):
+    """For the operator as a map f of one vector x, (v, parameter, step size) in a row, two compiled functions:
+
+    f and the gradient of a weighted sum of f, on a stack of x; the Jacobian forward and reverse and the sum's Hessian.
+    """
+    _, rebuild = ravel_pytree(jax.tree.map(jnp.asarray, (np.zeros((2, N)), row.parameter, STEP)))
+
+    def function(x):
+        return row.prox(*rebuild(x)).ravel()
+
+    def weighted(x):
+        return draw(9, 2 * N) @ function(x)
+
+    values = jax.jit(jax.vmap(lambda x: (function(x), jax.grad(weighted)(x))))
+    return values, jax.jit(lambda x: (jax.jacfwd(function)(x), jax.jacrev(function)(x), jax.hessian(weighted)(x)))
+
+
+def vector(row, size):
+    return np.concatenate([np.ravel(part) for part in jax.tree.leaves((size * draw(0, 2, N), row.parameter, STEP))])
+
+
+def central_differences(stacked, x, step=1e-5):
+    shifts = step * np.eye(x.size)
+    ahead, behind = stacked(x + shifts), stacked(x - shifts)
+    return [np.asarray(a - b).T / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+
+
+def scalars(row):
+    """The row's parameter with every array in it replaced by one number, which fits any tree."""
+    return jax.tree.map(lambda array: float(np.mean(array)), row.parameter)
+
+
+@every_row
+def test_is_the_minimiser(row):
+    """v - prox(v) is step * a subgradient of h at prox(v), which characterises the minimiser."""
+    points = 2 * draw(1, 20, 2, N)
+    for v, y in zip(points, np.asarray(on_stack(row)(points, row.parameter, STEP)), strict=True):
+        np.testing.assert_allclose(row.feasible(y[None], row.parameter)[0], y, atol=1e-12)
+        z = row.feasible(y + np.repeat([1e-3, 0.1, 3.0], 30)[:, None, None] * draw(2, 90, 2, N), row.parameter)
+        rise = STEP * (row.penalty(z, row.parameter) - row.penalty(y, row.parameter))
+        assert np.all(rise >= total((v - y) * (z - y)) - 1e-12)
+
+
+@every_row
+def test_is_firmly_non_expansive(row):
+    u, v = 2 * draw(3, 100, 2, N), 2 * draw(4, 100, 2, N)
+    moved = np.asarray(on_stack(row)(u, row.parameter, STEP) - on_stack(row)(v, row.parameter, STEP))
+    assert np.all(total(moved * (u - v)) >= total(moved**2) - 1e-12)
+
+
+@every_row
+@near_and_far
+def test_derivatives_match_the_closed_form_and_finite_differences(row, size):
+    stacked, derivatives = on_vector(row)
+    x = vector(row, size)
+    forward, reverse, hessian = derivatives(x)
+    np.testing.assert_allclose(forward, reverse, atol=1e-12)
+    np.testing.assert_allclose(forward[:, : 2 * N], row.jacobian(size * draw(0, 2, N), row.parameter, STEP), atol=1e-9)
+    first, second = central_differences(stacked, x)
+    np.testing.assert_allclose(forward, first, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(hessian, second, rtol=1e-6, atol=1e-8)
+
+
+@every_row
+def test_the_derivative_of_a_batch_is_the_batch_of_derivatives(row):
+    stacked, derivatives = on_vector(row)
+    points = np.stack([vector(row, 0.3), vector(row, 2.0)])
+    for gradient, x in zip(stacked(points)[1], points, strict=True):
+        np.testing.assert_allclose(gradient, draw(9, 2 * N) @ derivatives(x)[1], atol=1e-12)
+
+
+@every_row
+def test_vmap_is_a_loop_and_jit_changes_nothing(row):
+    points = draw(5, 3, 2, N)
+    for v, y in zip(points, on_stack(row)(points, row.parameter, STEP), strict=True):
+        np.testing.assert_allclose(row.prox(v, row.parameter, STEP), y, rtol=1e-15, atol=1e-15)
+
+
+@every_row
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_the_leaf_decides_the_dtype(row, dtype, tolerance):
+    """Coefficients stay in float64 here; the result has the leaf's dtype, and so have its derivatives."""
+    v = draw(6, 2, N).astype(jnp.dtype(dtype))
+
+    @jax.jit
+    def both(v):
+        y, pullback = jax.vjp(lambda v: row.prox(v, row.parameter, STEP), v)
+        return y, pullback(y)[0], row.prox(v.astype("float64"), row.parameter, STEP)
+
+    y, cotangent, exact = both(v)
+    assert y.dtype == dtype == cotangent.dtype
+    np.testing.assert_allclose(y.astype("float64"), exact, rtol=tolerance, atol=tolerance)
+
+
+@every_row
+def test_a_mixed_tree_keeps_its_structure_shapes_and_dtypes(row):
+    v = {"a": jnp.ones((2, 3), "float32"), "b": (jnp.full(1, -2.0, "bfloat16"), jnp.array(0.5), None), "c": 1.5}
+
+    def operator(v):
+        return row.prox(v, scalars(row), jnp.float32(STEP))
+
+    @jax.jit
+    def everything(v):
+        return *jax.jvp(operator, (v,), (v,)), jax.tree.map(operator, v)
+
+    y, tangent, one_by_one = everything(v)
+    for out in (y, tangent):
+        assert jax.tree.structure(out) == jax.tree.structure(v)
+        for x, like in zip(jax.tree.leaves(out), jax.tree.leaves(v), strict=True):
+            assert (x.shape, x.dtype) == (jnp.shape(like), jnp.result_type(like))
+    if row in LEAFWISE:
+        assert jax.tree.all(jax.tree.map(np.array_equal, y, one_by_one))
+
+
+@every_leafwise_row
+def test_a_parameter_may_be_a_tree_like_v(row):
+    v, operator = {"x": 2 * draw(7, 2, N), "y": draw(8, 2, N)}, jax.jit(row.prox)
+    doubled = jax.tree.map(lambda array: 2 * array, row.parameter)
+    y = operator(v, jax.tree.map(lambda x, y: {"x": x, "y": y}, row.parameter, doubled), STEP)
+    for name, parameter in {"x": row.parameter, "y": doubled}.items():
+        np.testing.assert_allclose(y[name], operator(v[name], parameter, STEP), rtol=1e-15)
+
+
+@every_row
+def test_a_single_entry_has_the_same_answer_in_any_rank(row):
+    """And finite first and second derivatives at 0, which is a kink or a tie of most."""
+    shapes = [(), (1,), (1, 1)]
+
+    def values(v, parameter):
+        return jnp.stack([jnp.sum(row.prox(jnp.full(shape, v), parameter, STEP)) for shape in shapes])
+
+    everything = jax.jit(
+        lambda *args: (values(*args), jax.jacrev(values)(*args), jax.jacfwd(jax.jacrev(values))(*args))
+    )
+    for v in (0.0, 0.5, -2.0):
+        for entries in everything(v, jax.tree.map(jnp.asarray, scalars(row))):
+            assert np.all(np.isfinite(entries))
+            assert np.all(entries == entries[0])
+
+
+@every_row
+def test_an_empty_tree_stays_empty(row):
+    assert row.prox({}, scalars(row), STEP) == {}
+
+
+@every_row
+def test_a_nan_is_never_swallowed(row):
+    v = draw(0, 1, 2, N)
+    leaves, structure = jax.tree.flatten(row.parameter)
+    for i, leaf in enumerate(leaves):
+        poisoned = jax.tree.unflatten(structure, [*leaves[:i], np.full_like(leaf, np.nan), *leaves[i + 1 :]])
+        assert np.all(np.isnan(on_stack(row)(v, poisoned, STEP)))
+    v[0, 1, 2] = np.nan
+    assert np.isnan(on_stack(row)(v, row.parameter, STEP)[0, 1, 2])
+
+
+@every_row
+def test_integers_are_refused(row):
+    with pytest.raises(
+        TypeError, match=rf"prox.{row.prox.__name__} needs real floating-point .* v\['w'\] is int64\[3\]"
+    ):
+        row.prox({"w": jnp.arange(3)}, scalars(row))
+
+
+def test_every_public_operator_has_a_row():
+    assert sorted(row.prox.__name__ for row in ROWS) == sorted(prox.__all__)
