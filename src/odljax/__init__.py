@@ -1,8 +1,8 @@
 """Optimisation problems inside optimisation problems, and the gradient that the outer one needs.
 
-The six nouns: an **operator** has the answer as its fixed point; an **iteration** walks towards it; a **solver** knows when
-to stop; a **derivative** says how the solver is differentiated; a **hypergradient** turns theta into a gradient for
-optax; an **application** is a real problem built of these.
+The six nouns: an **operator** has the answer as its fixed point; an **iteration** walks towards it; a **solver**
+knows when to stop; a **derivative** says how the solver is differentiated; a **hypergradient** turns theta into a
+gradient for optax; an **application** is a real problem built of these.
 """
 
 from . import derivatives, diagnostics, hypergradients, iterations, linear, operators, problems, prox, solvers

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from typing_extensions import dataclass_transform
@@ -27,7 +28,7 @@ T = TypeVar("T")
 def record(cls: type[T]) -> type[T]:
     """A frozen dataclass of pure functions that is no pytree: whoever flattens it is told so."""
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-    cls.__repr__ = lambda self: f"{cls.__name__}({self.name})"
+    cls.__repr__ = lambda self: f"{cls.__name__}({getattr(self, 'name')})"  # noqa: B009
 
     def refuse(value: Any) -> Any:
         raise TypeError(
@@ -131,8 +132,10 @@ def is_a(who: str, name: str, value: Any, kind: type, hint: str) -> None:
 
 def count(who: str, name: str, value: Any, least: int = 1) -> int:
     """A static whole number of at least ``least``."""
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(f"{who}: {name} fixes the program and must be a Python int; a traced value came. Close over it.")
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{who}: {name} fixes the program and must be a Python int; a traced value came. Close over it."
+        )
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{who}: {name} must be a whole number of at least {least}; {value!r} came.")
     return int(value)
@@ -142,7 +145,7 @@ def number(
     who: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, closed: bool = False, top: bool = False
 ) -> Any:
     """A number between ``low`` (included if ``closed``) and ``high`` (included if ``top``); a traced one passes."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return value
     try:
         numeric = float(value)

@@ -23,7 +23,8 @@ class Expansion(NamedTuple):
     """How much an operator stretches near a point.
 
     Attributes:
-        factor: the largest stretch found, in the operator's metric; a lower bound of the Lipschitz constant at the point.
+        factor: the largest stretch found, in the operator's metric; a lower bound of the Lipschitz constant at the
+            point.
         change: relative change of the factor over the last step of the power iteration; small when it has settled.
         direction: the direction that is stretched most, of unit length in the metric.
     """
@@ -43,7 +44,8 @@ def expansion(
 ) -> Expansion:
     r"""Returns the local Lipschitz constant of an operator in its metric: T is non-expansive here if it is at most one.
 
-    .. math:: \|J\|_G = \max_v \sqrt{\langle J v, G J v\rangle / \langle v, G v\rangle}, \qquad J = \partial_x T(x, \theta)
+    .. math:: \|J\|_G = \max_v \sqrt{\langle J v, G J v\rangle / \langle v, G v\rangle}, \qquad J = \partial_x T(x,
+    \theta)
 
     by power iteration on :math:`G^{-1} J^\top G J`, with one Jacobian-vector and one vector-Jacobian product a step.
 
@@ -91,7 +93,7 @@ def expansion(
     _, push = jax.linearize(lambda x: operator(x, theta), x)
     _, pull = jax.vjp(lambda x: operator(x, theta), x)
 
-    def step(carry: tuple[X, Array, Array], _: None) -> tuple[tuple[X, Array, Array], None]:
+    def step(carry: Any, _: None) -> Any:
         v, old, _ = carry
         stretched = push(v)
         weighted = metric(stretched)
@@ -134,8 +136,9 @@ def taylor_test(
 
     .. math:: |\varphi(\theta + h d) - \varphi(\theta) - h \langle g, d \rangle| = O(h^2)
 
-    When: to see whether a hypergradient is that of the function it claims; not inside compiled code. The slope is that of
-    the remainders above rounding; where all are below (a linear function, the right gradient) it is reported as 2.
+    When: to see whether a hypergradient is that of the function it claims; not inside compiled code. The slope is
+    that of the remainders above rounding; where all are below (a linear function, the right gradient) it is reported
+    as 2.
 
     Args:
         function: :math:`\varphi`, ``theta -> scalar``.

@@ -1,6 +1,7 @@
 r"""Solvers of linear systems ``A v = b`` given the product ``v -> A v``, each returning its residual and status.
 
-They serve the adjoint systems of implicit derivatives, :math:`A = I - \partial_x T` or its transpose, and work on pytrees.
+They serve the adjoint systems of implicit derivatives, :math:`A = I - \partial_x T` or its transpose, and work on
+pytrees.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class LinearInfo(NamedTuple):
     Attributes:
         residual: ``||b - A v|| / ||b||``, recomputed at the end rather than taken from a recurrence.
         num_steps: products with A that the method took.
-        status: a code of ``odl.Status``: CONVERGED; COMPLETED for methods without a stop test; STEP_BUDGET_SPENT; STALLED
-            (breakdown, indefinite matrix for CG, no more progress); NON_FINITE.
+        status: a code of ``odl.Status``: CONVERGED; COMPLETED for methods without a stop test; STEP_BUDGET_SPENT;
+            STALLED (breakdown, indefinite matrix for CG, no more progress); NON_FINITE.
     """
 
     residual: Array
@@ -90,7 +91,9 @@ def _start(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Any]:
 
 
 def _safe_ratio(numerator: Array, denominator: Array) -> Array:
-    return jnp.where(denominator == 0, jnp.zeros_like(numerator), numerator / jnp.where(denominator == 0, 1, denominator))
+    return jnp.where(
+        denominator == 0, jnp.zeros_like(numerator), numerator / jnp.where(denominator == 0, 1, denominator)
+    )
 
 
 def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
@@ -128,7 +131,7 @@ def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
         rr = _tree.vdot(r, r)
 
         def running(carry: Any) -> Array:
-            v, r, p, rr, k, broken = carry
+            *_, rr, k, broken = carry
             return (rr > target) & (k < max_steps) & ~broken
 
         def body(carry: Any) -> Any:
@@ -182,7 +185,7 @@ def bicgstab(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolve
         shadow = r
 
         def running(carry: Any) -> Array:
-            v, r, p, rho, k, broken = carry
+            _, r, _, _, k, broken = carry
             return (_tree.norm(r) > target) & (k < max_steps) & ~broken
 
         def body(carry: Any) -> Any:
@@ -253,7 +256,9 @@ def gmres(*, tol: Scalar | None = None, max_steps: int = 1000, restart: int = 30
             return _tree.scale(_safe_ratio(jnp.ones_like(size), size), r)
 
         def cycle(v: Any, r: Any, size: Array) -> tuple[Any, Any, Array]:
-            basis = jax.tree.map(lambda leaf: jnp.zeros((m + 1, *leaf.shape), leaf.dtype).at[0].set(leaf), unit(r, size))
+            basis = jax.tree.map(
+                lambda leaf: jnp.zeros((m + 1, *leaf.shape), leaf.dtype).at[0].set(leaf), unit(r, size)
+            )
             hessenberg = jnp.zeros((m + 1, m), size.dtype)
 
             def arnoldi(j: Array, carry: Any) -> Any:
@@ -306,8 +311,9 @@ def neumann(terms: int) -> LinearSolver:
 
     .. math:: v = \sum_{i=0}^{\mathrm{terms}} (I - A)^i b
 
-    When: :math:`I - A` (the Jacobian of T) is a contraction with rate q and an error of order :math:`q^{\mathrm{terms}+1}`
-    is good enough; it equals differentiating ``terms + 1`` Picard steps at the solution. A warm-start guess is not used.
+    When: :math:`I - A` (the Jacobian of T) is a contraction with rate q and an error of order
+    :math:`q^{\mathrm{terms}+1}` is good enough; it equals differentiating ``terms + 1`` Picard steps at the solution.
+    A warm-start guess is not used.
 
     Args:
         terms: the highest power, at least 0; 0 is the identity.

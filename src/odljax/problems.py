@@ -1,7 +1,7 @@
 r"""Small bilevel problems with closed-form answers, for tests, benchmarks and notebooks.
 
-Each has an inner problem with solution :math:`x(\theta)` in closed form and an outer loss; the true hypergradient is the
-derivative of the outer loss at that closed form.
+Each has an inner problem with solution :math:`x(\theta)` in closed form and an outer loss; the true hypergradient is
+the derivative of the outer loss at that closed form.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Problem:
 
     Args:
         name: its name.
-        T: ``(x, theta) -> x``, a map whose fixed point is the inner solution; a contraction unless the docstring says else.
-        outer: ``(x, theta) -> scalar``.
+        T: ``(x, theta) -> x``, a map whose fixed point is the inner solution; a contraction unless the docstring says
+        else. outer: ``(x, theta) -> scalar``.
         x0: a start.
         theta: a point at which to differentiate.
         solution: ``theta -> x`` in closed form.
@@ -162,7 +162,8 @@ def lasso(num_samples: int = 30, num_features: int = 8, *, seed: int = 0, dtype:
     r"""Returns the lasso with a learned penalty, in closed form on its support.
 
     .. math:: f(x) = \tfrac12 \|A x - b\|^2, \quad h(x, \theta) = e^\theta \|x\|_1, \quad
-        x_S(\theta) = (A_S^\top A_S)^{-1} (A_S^\top b - e^\theta \operatorname{sign}(x_S)), \quad \ell = \tfrac12 \|A_v x - b_v\|^2
+        x_S(\theta) = (A_S^\top A_S)^{-1} (A_S^\top b - e^\theta \operatorname{sign}(x_S)), \quad \ell = \tfrac12
+        \|A_v x - b_v\|^2
 
     The closed form holds as long as support S and signs are those at the problem's theta.
 
@@ -247,9 +248,10 @@ def line(*, dtype: Any = None) -> Problem:
 
 
 def square_root(*, dtype: Any = None) -> Problem:
-    r"""Returns Heron's fixed point :math:`x = (x + \theta/x)/2`, which is :math:`\sqrt\theta`; outer loss :math:`x^3 + \theta x`.
+    r"""Returns Heron's fixed point :math:`x = (x + \theta/x)/2`, which is :math:`\sqrt\theta`.
 
-    The map converges quadratically: its Jacobian vanishes at the solution, and one step differentiates exactly.
+    The outer loss is :math:`x^3 + \theta x`. The map converges quadratically: its Jacobian vanishes at the
+    solution, and one step differentiates exactly.
 
     Shapes: x and theta (1,).
 
@@ -318,8 +320,8 @@ def p_c(c: Scalar = 1.0, copies: int = 1, *, dtype: Any = None) -> Problem:
     .. math:: f(u, w) = \tfrac12 u_1^2 - w u_1, \quad
         \ell(u, w) = \tfrac12 (w - u_2)^2 + \tfrac12 (u_1 - 1)^2 + \tfrac{c}{2} w^2
 
-    u_2 is free; the outer loss chooses it. The truth is :math:`w = u_1 = u_2 = 1/(1 + c)`. T, a gradient step of 1/2, is
-    non-expansive and no contraction. ``solution`` is the optimistic one, :math:`u = (w, w)`.
+    u_2 is free; the outer loss chooses it. The truth is :math:`w = u_1 = u_2 = 1/(1 + c)`. T, a gradient step of 1/2,
+    is non-expansive and no contraction. ``solution`` is the optimistic one, :math:`u = (w, w)`.
 
     Shapes: u (2,), w (); for several copies u (copies, 2), w (copies,), and the losses add up.
 
@@ -393,7 +395,7 @@ def p_c_minimiser(
         0.336667
     """
 
-    def at(value: Any, k: int) -> float:
+    def at(value: Any, k: int) -> Any:
         return value(k) if callable(value) else value
 
     first, second = np.array([0.0, start[0]]), np.array([0.0, start[1]])  # (coefficient of w, constant)

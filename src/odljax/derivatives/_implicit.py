@@ -31,8 +31,8 @@ def implicit(
     Reverse mode solves the transposed (adjoint) system. Forward mode, Hessians, ``vmap`` and tracers that the iteration
     closes over work; the start x0 has no derivative.
 
-    When: the solver converges to a fixed point at which T is differentiable and :math:`I - \partial_x T` is invertible. If
-    the solve is cut short, the derivative belongs to another point: look at ``solution.residual``.
+    When: the solver converges to a fixed point at which T is differentiable and :math:`I - \partial_x T` is
+    invertible. If the solve is cut short, the derivative belongs to another point: look at ``solution.residual``.
 
     Args:
         solver: from ``for_steps`` or ``until_converged``; its iteration needs an operator.
@@ -50,7 +50,8 @@ def implicit(
             where the Jacobian is not declared symmetric.
         ValueError: an unknown ``on_failure``.
 
-    Cost: one linear solve a derivative direction, each product one Jacobian product of T; memory does not grow with steps.
+    Cost: one linear solve a derivative direction, each product one Jacobian product of T; memory does not grow with
+    steps.
 
     Source: Krantz and Parks (2002); for solvers: Griewank and Walther (2008), chapter 15; Blondel et al. (2022).
 
@@ -73,8 +74,9 @@ def implicit(
     is_a("implicit", "linear_solver", linear_solver, LinearSolver, "Make one with odl.linear, for instance cg().")
     if linear_solver.symmetric and not operator.symmetric:
         raise TypeError(
-            f"implicit: {linear_solver.name} needs a symmetric positive-definite Jacobian, and that of {operator.name} is "
-            f"not declared symmetric. Use gmres, bicgstab or neumann, or declare Operator(T, symmetric=True) if it is."
+            f"implicit: {linear_solver.name} needs a symmetric positive-definite Jacobian, and that of "
+            f"{operator.name} is not declared symmetric. Use gmres, bicgstab or neumann, or declare "
+            f"Operator(T, symmetric=True) if it is."
         )
     if on_failure not in ("warn", "ignore"):
         raise ValueError(f"implicit: on_failure must be 'warn' or 'ignore'; {on_failure!r} came.")
@@ -94,8 +96,8 @@ def one_step(solver: Solver[X, Theta]) -> Solver[X, Theta]:
 
     .. math:: \frac{dx}{d\theta} \approx \partial_\theta T
 
-    When: T contracts fast (Newton steps exactly so), or a cheap biased hypergradient will do; the error is of the order of
-    the contraction rate. Equal to ``implicit(solver, linear_solver=odl.linear.identity())``.
+    When: T contracts fast (Newton steps exactly so), or a cheap biased hypergradient will do; the error is of the
+    order of the contraction rate. Equal to ``implicit(solver, linear_solver=odl.linear.identity())``.
 
     Args:
         solver: from ``for_steps`` or ``until_converged``; its iteration needs an operator.
@@ -180,5 +182,3 @@ def _adjoint(
     _, pull_back = jax.vjp(lambda theta: displacement(operator, x, theta), theta)
     (theta_cotangent,) = pull_back(_tree.negative(adjoint))
     return theta_cotangent, adjoint, info
-
-

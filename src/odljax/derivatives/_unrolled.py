@@ -28,12 +28,12 @@ from ..solvers._solver import (
 def unrolled(solver: Solver[X, Theta], *, checkpoint_every: int | None = None) -> Solver[X, Theta]:
     r"""Returns the solver differentiated through all its steps, in forward and reverse mode.
 
-    For ``until_converged`` the loop becomes a scan over the whole step budget in which an element that is done stays where
-    it is (by selection, not by a branch: a branch would keep a copy of all data for each step). It costs max_steps + 1
-    steps whenever it stops, and the memory of a plain scan.
+    For ``until_converged`` the loop becomes a scan over the whole step budget in which an element that is done stays
+    where it is (by selection, not by a branch: a branch would keep a copy of all data for each step). It costs
+    max_steps + 1 steps whenever it stops, and the memory of a plain scan.
 
-    When: the number of steps is part of the model; the fixed point is not unique or not differentiable; the iteration has
-    no operator. The derivative tends to the implicit one as the steps grow, on any contraction.
+    When: the number of steps is part of the model; the fixed point is not unique or not differentiable; the iteration
+    has no operator. The derivative tends to the implicit one as the steps grow, on any contraction.
 
     Args:
         solver: from ``for_steps`` or ``until_converged``, or another derivative of one.
@@ -47,8 +47,8 @@ def unrolled(solver: Solver[X, Theta], *, checkpoint_every: int | None = None) -
         ValueError: a segment length below 1.
         TypeError: ``solver`` is none.
 
-    Cost: reverse mode stores what each step needs, K times; with segments of c steps K/c + c times, for one forward pass
-    more.
+    Cost: reverse mode stores what each step needs, K times; with segments of c steps K/c + c times, for one forward
+    pass more.
 
     Source: Griewank and Walther (2008), chapters 3 and 12; Franceschi et al. (2017).
 
@@ -90,8 +90,8 @@ def unrolled(solver: Solver[X, Theta], *, checkpoint_every: int | None = None) -
 def truncated(solver: Solver[X, Theta], *, num_steps: int) -> Solver[X, Theta]:
     r"""Returns the solver differentiated through its last steps only.
 
-    For ``for_steps`` these are the last J of its K steps. For ``until_converged`` they are J further steps at the solution,
-    whose derivative is taken and whose value is not: the point stays the same. There, J Picard steps equal
+    For ``for_steps`` these are the last J of its K steps. For ``until_converged`` they are J further steps at the
+    solution, whose derivative is taken and whose value is not: the point stays the same. There, J Picard steps equal
     ``implicit(solver, linear_solver=odl.linear.neumann(J - 1))``.
 
     When: many steps, little memory, and a contraction: the bias falls like the contraction rate to the power J.
@@ -119,7 +119,9 @@ def truncated(solver: Solver[X, Theta], *, num_steps: int) -> Solver[X, Theta]:
     last = count("truncated", "num_steps", num_steps)
     iteration, total = solver.iteration, solver.num_steps
     if solver.tolerance is None and last > total:
-        raise ValueError(f"truncated: num_steps is {last}, but the solver takes {total} steps. Ask for at most {total}.")
+        raise ValueError(
+            f"truncated: num_steps is {last}, but the solver takes {total} steps. Ask for at most {total}."
+        )
     body = scan_body(iteration, solver.history, solver.record)
 
     def run(carry: Any, theta: Theta, first: int, stop: int) -> Any:

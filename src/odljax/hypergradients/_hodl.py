@@ -52,14 +52,14 @@ def hodl(
         v_u &= u_k - s_k G_\theta^{-1} \nabla_u \ell(u_k, \theta) \\
         u_{k+1} &= P_{G_\theta}(\mu_k v_u + (1 - \mu_k) v_\ell)
 
-    and the gradient is that of :math:`\varphi_K(\theta) = \ell(u_K(\theta), \theta)`, through all K aggregated steps. Any
-    optax update, projected if theta is constrained, may follow.
+    and the gradient is that of :math:`\varphi_K(\theta) = \ell(u_K(\theta), \theta)`, through all K aggregated steps.
+    Any optax update, projected if theta is constrained, may follow.
 
     When: the fixed point of D is not unique, so that the outer loss must choose among them: with :math:`s_k \to 0`,
-    :math:`\sum s_k = \infty` the minimisers of :math:`\varphi_K` approach those of the true problem. ``weight=0`` is the
-    simple variant, which differentiates the plain iteration and is right only where the fixed point is unique.
-    Assumes D(., theta) non-expansive in :math:`G_\theta`, :math:`\ell` smooth and convex in u,
-    :math:`s_k < \lambda_{\min}(G) / L_\ell`.
+    :math:`\sum s_k = \infty` the minimisers of :math:`\varphi_K` approach those of the true problem. ``weight=0`` is
+    the simple variant, which differentiates the plain iteration and is right only where the fixed point is unique.
+    Assumes D(., theta) non-expansive in :math:`G_\theta`, :math:`\ell` smooth and convex in u, :math:`s_k <
+    \lambda_{\min}(G) / L_\ell`.
 
     Where the outer loss needs a ground truth, aggregation is a device of training: apply
     ``for_steps(krasnoselskii_mann(D, relaxation), num_steps)`` to new inputs.
@@ -71,9 +71,10 @@ def hodl(
         relaxation: :math:`\alpha_k` in (0, 2), as in ``krasnoselskii_mann``.
         weight: :math:`\mu_k` in [0, 1).
         step_size: :math:`s_k`, at least 0; default 1/(k + 1).
-        metric_inverse: :math:`v \mapsto G_\theta^{-1} v`, ``(v, theta) -> v``. None: that of the operator; if it states a
-            metric without an inverse, conjugate gradients; if it states none, the identity.
-        projection: P, ``(u, theta) -> u``, the projection on the inner constraint set in the metric. None: no constraint.
+        metric_inverse: :math:`v \mapsto G_\theta^{-1} v`, ``(v, theta) -> v``. None: that of the operator; if it
+            states a metric without an inverse, conjugate gradients; if it states none, the identity.
+        projection: P, ``(u, theta) -> u``, the projection on the inner constraint set in the metric. None: no
+            constraint.
         warm_start: start each update from the last inner solution instead of :math:`u_0`.
         checkpoint_every: as in ``unrolled``.
 
@@ -81,16 +82,16 @@ def hodl(
 
     Returns:
         An estimator. ``info.history.residual`` is the inner residual ``||u_k - D(u_k, theta)||`` against k,
-        ``info.inner_residual`` that of u_K, ``info.outer_change`` the relative change of theta against t: the two curves of
-        joint convergence.
+        ``info.inner_residual`` that of u_K, ``info.outer_change`` the relative change of theta against t: the two
+        curves of joint convergence.
 
     Raises:
         ValueError: a coefficient outside its range, a step count below 1.
-        TypeError: D or ``outer`` is no function; at trace time, an outer loss that is not a real scalar, a theta that is not
-            floating point.
+        TypeError: D or ``outer`` is no function; at trace time, an outer loss that is not a real scalar, a theta that
+            is not floating point.
 
-    Cost: K times D, the gradient of the outer loss and the inverse metric, forward and backward; memory K times what one
-    step needs, or that of segments.
+    Cost: K times D, the gradient of the outer loss and the inverse metric, forward and backward; memory K times what
+    one step needs, or that of segments.
 
     Source: Liu, Liu, Zeng, Zhang and Zhang (2023), arXiv 2302.05587; Liu et al. (2022), arXiv 2206.07875, algorithm 1.
     Differs: the metric inverse is applied exactly; warm start is optional.
@@ -165,5 +166,3 @@ def _solve_metric(metric: Callable[[X, Theta], X]) -> Callable[[X, Theta], X]:
         return jax.lax.custom_linear_solve(lambda v: metric(v, theta), v, solve, solve, symmetric=True)
 
     return inverse
-
-

@@ -30,8 +30,8 @@ def through(solver: Solver[X, Theta], outer: OuterLoss) -> Hypergradient[X, Thet
 
     .. math:: g = \nabla_\theta \ell(x(\theta), \theta)
 
-    When: a solver with a derivative is at hand; the estimator adds what plain ``jax.grad`` cannot return, the truth about
-    inner and adjoint solve.
+    When: a solver with a derivative is at hand; the estimator adds what plain ``jax.grad`` cannot return, the truth
+    about inner and adjoint solve.
 
     Args:
         solver: with any derivative: ``implicit``, ``one_step``, ``unrolled``, ``truncated``, or bare ``for_steps``.
@@ -60,9 +60,9 @@ def through(solver: Solver[X, Theta], outer: OuterLoss) -> Hypergradient[X, Thet
 def warm_started(solver: Solver[X, Theta], outer: OuterLoss) -> Hypergradient[X, Theta]:
     r"""Returns the estimator that starts inner and adjoint solve from those of the last update.
 
-    When: theta moves little from one update to the next, so that few inner steps and few adjoint products are left to do.
-    With an unrolled solver only the inner iterate is warm. A solve that ended in NaN or infinity is reported in the status
-    and not used as a start.
+    When: theta moves little from one update to the next, so that few inner steps and few adjoint products are left to
+    do. With an unrolled solver only the inner iterate is warm. A solve that ended in NaN or infinity is reported in
+    the status and not used as a start.
 
     Args:
         solver: with any derivative; ``implicit`` has an adjoint to be warm.
@@ -128,15 +128,13 @@ def _update(
         (value, solution), gradient = jax.value_and_grad(direct, has_aux=True)(theta)
         adjoint, residual, status = None, None, solution.status
     else:
-        # The same mathematics as jax.grad of the implicit solver, spelled out because only so can the adjoint solve start
-        # warm and report its residual.
+        # The same mathematics as jax.grad of the implicit solver, spelled out because only so can the adjoint solve
+        # start warm and report its residual.
         solution = jax.lax.stop_gradient(solver(state.x, theta))
         value, (x_gradient, theta_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(solution.x, theta)
         moved, adjoint, linear = solver.adjoint(solution.x, theta, x_gradient, state.adjoint)
         gradient = _tree.add(theta_gradient, moved)
         residual, status = linear.residual, jnp.maximum(solution.status, linear.status)
     walk, change = advance_outer(state.outer, theta)
-    info = Info(
-        value, solution.residual, residual, status, solution.num_steps, change, solution.history, solution.x
-    )
+    info = Info(value, solution.residual, residual, status, solution.num_steps, change, solution.history, solution.x)
     return gradient, adjoint, info, walk

@@ -24,17 +24,20 @@ def aggregate(
 ) -> Iteration[X, Theta]:
     r"""Returns the iteration whose step is averaged with a descent step of the outer loss.
 
-    .. math:: x_{k+1} = \mu_k (x_k - s_k G_\theta^{-1} \nabla_x \ell(x_k, \theta)) + (1 - \mu_k) \operatorname{step}(x_k)
+    .. math:: x_{k+1} = \mu_k (x_k - s_k G_\theta^{-1} \nabla_x \ell(x_k, \theta)) + (1 - \mu_k)
+    \operatorname{step}(x_k)
 
     It approaches, with :math:`s_k \to 0` and :math:`\sum s_k = \infty`, that fixed point of the step that has the least
-    outer loss. There is no operator whose fixed point the iterates approach at a fixed step, so ``implicit`` is refused.
+    outer loss. There is no operator whose fixed point the iterates approach at a fixed step, so ``implicit`` is
+    refused.
 
     When: the inner solution is not unique; see ``hypergradients.hodl``.
 
     Args:
         iteration: an iteration, an operator, or a function ``(x, theta) -> x``.
         outer: :math:`\ell`, ``(x, theta) -> scalar``.
-        weight: :math:`\mu_k` in [0, 1), a number, a schedule of k or a function of theta; 0 leaves the iteration as it is.
+        weight: :math:`\mu_k` in [0, 1), a number, a schedule of k or a function of theta; 0 leaves the iteration as
+            it is.
         step_size: :math:`s_k`, at least 0, a number, a schedule of k or a function of theta.
         metric_inverse: :math:`v \mapsto G_\theta^{-1} v`, ``(v, theta) -> v``. None: the identity.
 

@@ -39,8 +39,8 @@ def anderson(
         \alpha = \arg\min_{1^\top \alpha = 1} \Big\|\sum_i \alpha_i r_i\Big\|^2 + \lambda \|\alpha\|^2, \quad
         r_i = \operatorname{step}(x_i) - x_i, \qquad x_{k+1} = \sum_i \alpha_i (x_i + \beta_k r_i)
 
-    When: the step is smooth near the fixed point and a linear rate is too slow; on linear problems it is GMRES in disguise.
-    No safeguard: far from the solution of a non-smooth problem it may leave the basin.
+    When: the step is smooth near the fixed point and a linear rate is too slow; on linear problems it is GMRES in
+    disguise. No safeguard: far from the solution of a non-smooth problem it may leave the basin.
 
     The Gram matrix is divided by its largest entry plus a floor of ten rounding units of x squared, and then
     regularised, so that value and derivative stay finite once the iteration has converged and all steps are zero.

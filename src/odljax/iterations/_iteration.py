@@ -79,7 +79,8 @@ def fixed_point(T: Operator[X, Theta] | Callable[[X, Theta], X]) -> Iteration[X,
 
     Example:
         >>> import odljax as odl
-        >>> solver = odl.until_converged(odl.fixed_point(lambda x, theta: 0.5 * (x + theta / x)), tol=1e-6, max_steps=20)
+        >>> heron = odl.fixed_point(lambda x, theta: 0.5 * (x + theta / x))
+        >>> solver = odl.until_converged(heron, tol=1e-6, max_steps=20)
         >>> round(float(solver(1.0, 2.0).x), 4)
         1.4142
     """
@@ -119,7 +120,7 @@ def gradient_descent(objective: Objective, step_size: Coefficient) -> Iteration:
     operator = gradient(objective, step_size)
     step_at = coefficient("gradient_descent", "step_size", step_size)
 
-    def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
+    def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
         _, slope = value_and_gradient("gradient_descent", objective, x, theta)
         return _tree.subtract(x, _tree.scale(step_at(theta, k), slope)), state
 
@@ -136,7 +137,8 @@ def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) 
     Args:
         objective: f, ``(x, theta) -> scalar``.
         prox: ``(v, theta, step_size) -> v``, as in ``odljax.prox`` with its parameter in the place of theta.
-        step_size: :math:`\gamma_k > 0`, a number, a schedule of k or a function of theta. The operator uses that of k = 0.
+        step_size: :math:`\gamma_k > 0`, a number, a schedule of k or a function of theta. The operator uses that of k
+            = 0.
 
     Raises:
         ValueError: a step size that is not positive.
@@ -155,7 +157,7 @@ def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) 
     operator = forward_backward(objective, prox, step_size)
     step_at = coefficient("proximal_gradient", "step_size", step_size)
 
-    def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
+    def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
         _, backward, _ = forward_backward_step(objective, prox, x, theta, step_at(theta, k))
         return backward, state
 
@@ -189,7 +191,7 @@ def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Iterat
     is_a("from_optax", "tx", tx, optax.GradientTransformation, "Build one with optax, for instance optax.adam(1e-2).")
     extended = optax.with_extra_args_support(tx)
 
-    def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
+    def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
         value, slope = value_and_gradient("from_optax", objective, x, theta)
         updates, state = extended.update(
             slope, state, x, value=value, grad=slope, value_fn=lambda x: objective(x, theta)
@@ -199,7 +201,7 @@ def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Iterat
     return Iteration(lambda x, theta: extended.init(x), step, gradient(objective, 1.0), "from_optax")
 
 
-def layered(T: Operator[X, Any] | Callable[[X, Any], X]) -> Iteration:
+def layered(T: Operator | Callable[[Any, Any], Any]) -> Iteration:
     r"""Returns untied layers: step k uses slice k of every leaf of theta.
 
     .. math:: x_{k+1} = T(x_k, \theta_k)
@@ -231,15 +233,16 @@ def layered(T: Operator[X, Any] | Callable[[X, Any], X]) -> Iteration:
 
     def num_layers(theta: Any) -> int:
         leaves, _ = jax.tree_util.tree_flatten_with_path(theta)
-        lengths = {leaf.shape[0] if getattr(leaf, "ndim", 0) else None for _, leaf in leaves}
-        if len(lengths) != 1 or None in lengths:
+        lengths = {leaf.shape[0] if getattr(leaf, "ndim", 0) else -1 for _, leaf in leaves}
+        if len(lengths) != 1 or -1 in lengths:
             shapes = ", ".join(f"{leaf_name(path)} {describe(leaf)}" for path, leaf in leaves)
             raise ValueError(
-                f"{name}: every leaf of theta needs one common leading axis, the layers; came {shapes}. Stack the layers."
+                f"{name}: every leaf of theta needs one common leading axis, the layers; came {shapes}. "
+                f"Stack the layers."
             )
         return lengths.pop()
 
-    def step(x: X, state: State, theta: Any, k: Step) -> tuple[X, State]:
+    def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
         layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, k, keepdims=False), theta)
         return same_as(name, "the layer", operator(x, layer), x), state
 

@@ -28,7 +28,8 @@ def nesterov(
 
     When: gradient or proximal gradient steps on a convex problem with step size at most 1/L: the rate becomes
     :math:`O(1/k^2)`; with strong convexity m, the constant
-    :math:`\beta = (\sqrt{L} - \sqrt{m}) / (\sqrt{L} + \sqrt{m})` gives a linear rate. The iterates need not be monotone.
+    :math:`\beta = (\sqrt{L} - \sqrt{m}) / (\sqrt{L} + \sqrt{m})` gives a linear rate. The iterates need not be
+    monotone.
 
     Args:
         iteration: an iteration, an operator, or a function ``(x, theta) -> x``.
@@ -56,9 +57,7 @@ def nesterov(
         target, inner = iteration.step(ahead, inner, theta, k)
         return target, (x, inner)
 
-    return dataclasses.replace(
-        iteration, init=_remember(iteration), step=step, name=f"nesterov({iteration.name})"
-    )
+    return dataclasses.replace(iteration, init=_remember(iteration), step=step, name=f"nesterov({iteration.name})")
 
 
 def heavy_ball(
@@ -96,9 +95,7 @@ def heavy_ball(
         target, inner = iteration.step(x, inner, theta, k)
         return _tree.add_scaled(target, beta(theta, k), _tree.subtract(x, previous)), (x, inner)
 
-    return dataclasses.replace(
-        iteration, init=_remember(iteration), step=step, name=f"heavy_ball({iteration.name})"
-    )
+    return dataclasses.replace(iteration, init=_remember(iteration), step=step, name=f"heavy_ball({iteration.name})")
 
 
 def _remember(iteration: Iteration[X, Theta]) -> Callable[[X, Theta], State]:

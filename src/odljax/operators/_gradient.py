@@ -9,14 +9,14 @@ import jax
 
 from .. import _tree
 from .._checks import coefficient, is_callable, same_as, scalar
-from .._types import Coefficient, Scalar, Theta, X
+from .._types import Coefficient, Scalar
 from ._operator import _NO_STEP, Operator
 
-Objective = Callable[[X, Theta], Any]
-Prox = Callable[[X, Theta, Any], X]
+Objective = Callable[[Any, Any], Any]
+Prox = Callable[[Any, Any, Any], Any]
 
 
-def value_and_gradient(who: str, objective: Objective, x: X, theta: Theta) -> tuple[jax.Array, X]:
+def value_and_gradient(who: str, objective: Objective, x: Any, theta: Any) -> tuple[jax.Array, Any]:
     """The objective and its gradient in x, checked to be a scalar."""
     value, gradient = jax.value_and_grad(lambda x: scalar(who, "the objective", objective(x, theta)))(x)
     return value, gradient
@@ -28,8 +28,8 @@ def gradient(objective: Objective, step_size: Coefficient) -> Operator:
     .. math:: T(x, \theta) = x - \gamma \nabla_x f(x, \theta)
 
     When: f is smooth; convex with L-Lipschitz gradient and :math:`0 < \gamma \le 2/L` makes T non-expansive in the
-    identity metric. Declared symmetric: :math:`I - T' = \gamma \nabla^2 f`, which conjugate gradients can solve where f is
-    strongly convex at the solution.
+    identity metric. Declared symmetric: :math:`I - T' = \gamma \nabla^2 f`, which conjugate gradients can solve where
+    f is strongly convex at the solution.
 
     Args:
         objective: f, ``(x, theta) -> scalar``.
@@ -52,10 +52,10 @@ def gradient(objective: Objective, step_size: Coefficient) -> Operator:
     is_callable("gradient", "objective", objective)
     step = coefficient("gradient", "step_size", step_size)
 
-    def apply(x: X, theta: Theta) -> X:
+    def apply(x: Any, theta: Any) -> Any:
         return _tree.subtract(x, displacement(x, theta))
 
-    def displacement(x: X, theta: Theta) -> X:
+    def displacement(x: Any, theta: Any) -> Any:
         _, slope = value_and_gradient("gradient", objective, x, theta)
         return _tree.scale(step(theta, _NO_STEP), slope)
 
@@ -95,10 +95,10 @@ def forward_backward(objective: Objective, prox: Prox, step_size: Coefficient) -
     is_callable("forward_backward", "prox", prox)
     step = coefficient("forward_backward", "step_size", step_size)
 
-    def pieces(x: X, theta: Theta) -> tuple[X, X, X]:
+    def pieces(x: Any, theta: Any) -> tuple[Any, Any, Any]:
         return forward_backward_step(objective, prox, x, theta, step(theta, _NO_STEP))
 
-    def displacement(x: X, theta: Theta) -> X:
+    def displacement(x: Any, theta: Any) -> Any:
         # (p - prox p) + (x - p): where the prox is the identity the first bracket vanishes exactly and no digit of the
         # second is lost, neither in the value nor in the Jacobian.
         forward, backward, shift = pieces(x, theta)
@@ -108,8 +108,8 @@ def forward_backward(objective: Objective, prox: Prox, step_size: Coefficient) -
 
 
 def forward_backward_step(
-    objective: Objective, prox: Prox, x: X, theta: Theta, step_size: Scalar | jax.Array
-) -> tuple[X, X, X]:
+    objective: Objective, prox: Prox, x: Any, theta: Any, step_size: Scalar | jax.Array
+) -> tuple[Any, Any, Any]:
     """The forward point, the backward point and the step between x and the forward point."""
     _, slope = value_and_gradient("forward_backward", objective, x, theta)
     shift = _tree.scale(step_size, slope)

@@ -41,7 +41,7 @@ def linearized_admm(
         y^+ &= y + \beta (A z^+ + e^+ - b)
 
     When: g and h are convex with cheap proximal operators and :math:`A^\top A` has no cheap inverse. With
-    :math:`r > \beta \|A\|^2` the operator is firmly non-expansive in the metric
+    :math:`r > \beta \|A\|^2` the operator is non-expansive in the metric
     :math:`G = \operatorname{diag}(r I - \beta A^\top A, \beta I, I/\beta)`, which it carries, and not in the identity.
 
     Shapes: z as g wants it; e, y and the observation b as A z. A, g and h may depend on theta, and so may r and beta.

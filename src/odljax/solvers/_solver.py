@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from .. import _tree
 from .._checks import as_inner, count, forward_only, is_a, is_callable, number, record, same_as
@@ -158,8 +159,9 @@ def until_converged(
 
     .. math:: \|x - T(x, \theta)\| \le \mathrm{tol} + \mathrm{relative\_tol} \cdot \|x\|
 
-    When: a solution is wanted rather than a number of steps, above all under ``implicit``. On its own it has forward mode
-    only; reverse mode needs a derivative transform. Under ``vmap`` the batch runs until its slowest element is done.
+    When: a solution is wanted rather than a number of steps, above all under ``implicit``. On its own it has forward
+    mode only; reverse mode needs a derivative transform. Under ``vmap`` the batch runs until its slowest element is
+    done.
 
     Args:
         iteration: what to iterate; it needs an operator, whose residual is tested.
@@ -170,8 +172,9 @@ def until_converged(
         record: ``(x, theta, k) -> pytree``, recorded at each iterate; implies history.
 
     Returns:
-        A solver. Its status is CONVERGED, STEP_BUDGET_SPENT, STALLED (25 steps without a smaller residual, at 100 rounding
-        units of x), DIVERGED (residual beyond 1e6 times the largest of the first residual, \|x0\| and 1) or NON_FINITE.
+        A solver. Its status is CONVERGED, STEP_BUDGET_SPENT, STALLED (25 steps without a smaller residual, at 100
+        rounding units of x), DIVERGED (residual beyond 1e6 times the largest of the first residual, \|x0\| and 1) or
+        NON_FINITE.
 
     Raises:
         TypeError: iteration is none, or has no operator; a step that changes structure, shape or dtype; reverse mode.
@@ -245,10 +248,10 @@ def check(solution: Any, *, name: str = "solver") -> Any:
         >>> grow = odl.fixed_point(lambda x, theta: 3.0 * x + theta)
         >>> odl.check(odl.until_converged(grow, max_steps=100)(0.0, 1.0))
         Traceback (most recent call last):
-        RuntimeError: solver: DIVERGED: the residual grew beyond 1e6 times the scale of its start; take a smaller step size.
+        RuntimeError: solver: DIVERGED: the residual grew beyond 1e6 times the scale of its start; ...
     """
-    if isinstance(solution.status, jax.core.Tracer):
-        raise TypeError("check: the status is traced; return the solution from the compiled function and check it outside.")
+    if isinstance(solution.status, Tracer):
+        raise TypeError("check: the status is traced; return the solution and check it outside the compiled function.")
     codes = np.atleast_1d(np.asarray(solution.status))
     worst = Status(int(codes.max()))
     if worst >= Status.STEP_BUDGET_SPENT:
@@ -361,14 +364,14 @@ def stopping_body(
         size = _tree.norm(jax.lax.stop_gradient(x))
         measure = _residual(iteration, x, theta)
         assert measure is not None
-        dtype = measure.dtype
+        limit = jnp.asarray(absolute).astype(size.dtype) + jnp.asarray(relative).astype(size.dtype) * size
         reference = jnp.where(k == 0, jnp.maximum(carry.reference, measure), carry.reference)
         better = measure < carry.best
         best_at = jnp.where(better, k, carry.best_at)
         rounding = 100 * jnp.finfo(_lowest_dtype(x)).eps * size
         tests = [
             (~(jnp.isfinite(measure) & jnp.isfinite(size)), Status.NON_FINITE),
-            (measure <= jnp.asarray(absolute).astype(dtype) + jnp.asarray(relative).astype(dtype) * size, Status.CONVERGED),
+            (measure <= limit, Status.CONVERGED),
             (measure > _DIVERGENCE * reference, Status.DIVERGED),
             ((k - best_at >= _PATIENCE) & (measure <= rounding), Status.STALLED),
             (k >= max_steps, Status.STEP_BUDGET_SPENT),
@@ -405,4 +408,3 @@ def stopping_finish(carry: Progress, rows: History | None) -> Solution:
 
 def _lowest_dtype(x: Any) -> np.dtype:
     return max((leaf.dtype for leaf in jax.tree.leaves(x)), key=lambda dtype: float(jnp.finfo(dtype).eps))
-
