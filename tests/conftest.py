@@ -1,7 +1,4 @@
-"""Float64, strict promotion, warnings as errors; annotations are checked at run time.
-
-Files of the float32 lane set ``jax_enable_x64`` for themselves through the fixtures below.
-"""
+"""Float64, strict promotion, warnings as errors; annotations are checked at run time."""
 
 import os
 
@@ -18,6 +15,16 @@ import pytest  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The tests compile much and run little. What they say of bytes and operations is said of optimised code: see below.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimised():
+    """Compilation as users have it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

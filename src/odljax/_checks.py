@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jax import Array
 from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from typing_extensions import dataclass_transform
 
 from . import _tree
 from ._types import Coefficient, Step
@@ -75,7 +74,7 @@ def as_inner(who: str, name: str, x: T) -> T:
     return _tree.strong(jax.tree_util.tree_unflatten(structure, arrays))
 
 
-def same_as(who: str, what: str, got: Any, want: T) -> T:
+def same_as(who: str, what: str, got: Any, want: T, like: str = "x") -> T:
     """``got``, strongly typed, after checking that its structure, shapes and dtypes are those of ``want``."""
     got_structure, want_structure = jax.tree.structure(got), jax.tree.structure(want)
     if got_structure != want_structure:

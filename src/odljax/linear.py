@@ -29,8 +29,9 @@ class LinearInfo(NamedTuple):
     Attributes:
         residual: ``||b - A v|| / ||b||``, recomputed at the end rather than taken from a recurrence.
         num_steps: products with A that the method took.
-        status: a code of ``odl.Status``: CONVERGED; COMPLETED for methods without a stop test; STEP_BUDGET_SPENT;
-            STALLED (breakdown, indefinite matrix for CG, no more progress); NON_FINITE.
+        status: a code of ``odl.Status``: CONVERGED (within the tolerance, or as near as the rounding of the products
+            lets it come); COMPLETED for methods without a stop test; STEP_BUDGET_SPENT; STALLED (breakdown, singular
+            matrix, indefinite matrix for CG, no more progress); NON_FINITE (v is NaN where a stop test was cut short).
     """
 
     residual: Array
@@ -43,7 +44,8 @@ class LinearSolver:
     """A way to solve ``A v = b``: call it with ``(matvec, b)`` and, for a warm start, a guess.
 
     Args:
-        run: ``(matvec, b, guess) -> (v, num_steps, stop_test)``; stop_test None: there was none.
+        run: ``(matvec, b, guess) -> (v, num_steps, stop_test)``; the test is None if there was none, else (relative
+            tolerance, whether the budget was spent, a lower bound of ``||A||`` or 0).
         name: what messages call it.
         symmetric: whether it is right only for symmetric positive-definite matrices.
 
@@ -54,22 +56,29 @@ class LinearSolver:
         ([1.0, 2.0], 'CONVERGED')
     """
 
-    run: Callable[[MatVec, Any, Any], tuple[Any, Array, Array | None]]
+    run: Callable[[MatVec, Any, Any], tuple[Any, Array, Any]]
     name: str
     symmetric: bool = False
 
     def __call__(self, matvec: MatVec, b: Any, guess: Any = None) -> tuple[Any, LinearInfo]:
         v, num_steps, tolerance = self.run(matvec, b, guess)
         size = _tree.norm(b)
-        residual = _tree.norm(_tree.subtract(b, matvec(v))) / jnp.where(size > 0, size, jnp.ones_like(size))
+        size = jnp.where(size > 0, size, jnp.ones_like(size))
+        rest = _tree.subtract(b, matvec(v))
+        residual = _tree.norm(rest) / size
         if tolerance is None:
             status = jnp.full_like(num_steps, Status.COMPLETED)
         else:
-            limit, spent = tolerance
-            # The recurrence of a Krylov method drifts from the true residual by rounding; allow for it.
-            accepted = jnp.maximum(10 * limit, 1e3 * jnp.finfo(residual.dtype).eps)
+            limit, spent, stretch = tolerance
+            # The recurrence of a Krylov method drifts from the true residual by the rounding of its products, which is
+            # that of ||A|| ||v|| and far above that of ||b|| where A is ill-conditioned; allow for it, within reason.
+            eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b))
+            rounding = jnp.maximum(100.0, stretch * _tree.norm(v) / size).astype(residual.dtype) * eps
+            accepted = jnp.maximum(10 * limit, 10 * jnp.minimum(rounding, eps**0.5))
             short = jnp.where(spent, jnp.asarray(Status.STEP_BUDGET_SPENT), jnp.asarray(Status.STALLED))
             status = jnp.where(residual <= accepted, jnp.asarray(Status.CONVERGED), short).astype(jnp.int32)
+            # A loop that stopped at a NaN may have left zeros behind.
+            v = _tree.where(_tree.all_finite(rest), v, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), v))
         status = jnp.where(jnp.isfinite(residual), status, jnp.full_like(status, Status.NON_FINITE))
         return v, LinearInfo(residual, num_steps, status)
 
@@ -100,8 +109,8 @@ def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
     r"""Returns conjugate gradients, for symmetric positive-definite matrices.
 
     When: the operator is a gradient step and the objective strongly convex at the solution. It is refused where the
-    operator's Jacobian is not declared symmetric. Stops at the best iterate when a direction of non-positive curvature
-    shows that the matrix is not positive definite (STALLED).
+    operator's Jacobian is not declared symmetric. Stops at the first direction whose curvature is negative, or zero to
+    rounding: the matrix is not positive definite (STALLED).
 
     Args:
         tol: on ``||b - A v|| / ||b||``; default 1e-12 in float64, 1e-6 in float32.
@@ -129,25 +138,28 @@ def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
         v, r = _start(matvec, b, guess)
         target = (limit * _tree.norm(b)) ** 2
         rr = _tree.vdot(r, r)
+        eps = jnp.finfo(rr.dtype).eps
 
         def running(carry: Any) -> Array:
-            *_, rr, k, broken = carry
+            *_, rr, k, broken, _ = carry
             return (rr > target) & (k < max_steps) & ~broken
 
         def body(carry: Any) -> Any:
-            v, r, p, rr, k, _ = carry
+            v, r, p, rr, k, _, stretch = carry
             q = matvec(p)
             curvature = _tree.vdot(p, q)
-            broken = ~(curvature > 0)
+            # 1 / alpha never exceeds the largest eigenvalue (it sits on the diagonal of Lanczos' matrix).
+            stretch = jnp.maximum(stretch, _safe_ratio(curvature, rr))
+            broken = ~(curvature > eps * stretch * rr)
             alpha = jnp.where(broken, jnp.zeros_like(rr), _safe_ratio(rr, curvature))
             v, r = _tree.add_scaled(v, alpha, p), _tree.add_scaled(r, -alpha, q)
             new = jnp.where(broken, rr, _tree.vdot(r, r))
             p = _tree.add_scaled(r, _safe_ratio(new, rr), p)
-            return v, r, p, new, k + 1, broken
+            return v, r, p, new, k + 1, broken, stretch
 
-        start = (v, r, r, rr, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-        v, _, _, _, k, broken = jax.lax.while_loop(running, body, start)
-        return v, k, (limit, (k >= max_steps) & ~broken)
+        start = (v, r, r, rr, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros_like(rr))
+        v, _, _, _, k, broken, stretch = jax.lax.while_loop(running, body, start)
+        return v, k, (limit, (k >= max_steps) & ~broken, stretch)
 
     return LinearSolver(run, "cg", symmetric=True)
 
@@ -185,26 +197,30 @@ def bicgstab(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolve
         shadow = r
 
         def running(carry: Any) -> Array:
-            _, r, _, _, k, broken = carry
+            _, r, _, _, k, broken, _ = carry
             return (_tree.norm(r) > target) & (k < max_steps) & ~broken
 
         def body(carry: Any) -> Any:
-            v, r, p, rho, k, _ = carry
+            v, r, p, rho, k, _, stretch = carry
             q = matvec(p)
             alpha = _safe_ratio(rho, _tree.vdot(shadow, q))
             s = _tree.add_scaled(r, -alpha, q)
             t = matvec(s)
-            omega = _safe_ratio(_tree.vdot(t, s), _tree.vdot(t, t))
+            length = _tree.vdot(t, t)
+            omega = _safe_ratio(_tree.vdot(t, s), length)
+            stretch = jnp.maximum(stretch, jnp.sqrt(_safe_ratio(length, _tree.vdot(s, s))))
             v = _tree.add_scaled(_tree.add_scaled(v, alpha, p), omega, s)
             r = _tree.add_scaled(s, -omega, t)
             new = _tree.vdot(shadow, r)
             beta = _safe_ratio(new, rho) * _safe_ratio(alpha, omega)
             p = _tree.add_scaled(r, beta, _tree.add_scaled(p, -omega, q))
-            return v, r, p, new, k + 2, (alpha == 0) | (omega == 0) | (new == 0) & (_tree.norm(r) > target)
+            broken = (alpha == 0) | (omega == 0) | (new == 0) & (_tree.norm(r) > target)
+            return v, r, p, new, k + 2, broken, stretch
 
-        start = (v, r, r, _tree.vdot(r, r), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-        v, _, _, _, k, broken = jax.lax.while_loop(running, body, start)
-        return v, k, (limit, (k >= max_steps) & ~broken)
+        rho = _tree.vdot(r, r)
+        start = (v, r, r, rho, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros_like(rho))
+        v, _, _, _, k, broken, stretch = jax.lax.while_loop(running, body, start)
+        return v, k, (limit, (k >= max_steps) & ~broken, stretch)
 
     return LinearSolver(run, "bicgstab")
 
@@ -255,7 +271,7 @@ def gmres(*, tol: Scalar | None = None, max_steps: int = 1000, restart: int = 30
         def unit(r: Any, size: Array) -> Any:
             return _tree.scale(_safe_ratio(jnp.ones_like(size), size), r)
 
-        def cycle(v: Any, r: Any, size: Array) -> tuple[Any, Any, Array]:
+        def cycle(v: Any, r: Any, size: Array) -> tuple[Any, Any, Array, Array]:
             basis = jax.tree.map(
                 lambda leaf: jnp.zeros((m + 1, *leaf.shape), leaf.dtype).at[0].set(leaf), unit(r, size)
             )
@@ -280,15 +296,15 @@ def gmres(*, tol: Scalar | None = None, max_steps: int = 1000, restart: int = 30
             y = jnp.linalg.lstsq(hessenberg, first)[0]
             v = _tree.add(v, combine(y, basis))
             r = _tree.subtract(b, matvec(v))
-            return v, r, _tree.norm(r)
+            return v, r, _tree.norm(r), jnp.sqrt(jnp.max(jnp.sum(hessenberg**2, axis=0)))
 
         def running(carry: Any) -> Array:
-            _, _, size, k, stuck = carry
+            _, _, size, k, stuck, _ = carry
             return (size > target) & (k < max_steps) & ~stuck
 
         def body(carry: Any) -> Any:
-            v, r, size, k, _ = carry
-            new_v, new_r, new_size = cycle(v, r, size)
+            v, r, size, k, _, stretch = carry
+            new_v, new_r, new_size, new_stretch = cycle(v, r, size)
             better = new_size < size
             return (
                 _tree.where(better, new_v, v),
@@ -296,12 +312,14 @@ def gmres(*, tol: Scalar | None = None, max_steps: int = 1000, restart: int = 30
                 jnp.where(better, new_size, size),
                 k + m,
                 ~(new_size < 0.99 * size),
+                jnp.maximum(stretch, new_stretch),
             )
 
         v, r = _start(matvec, b, guess)
-        start = (v, r, _tree.norm(r), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
-        v, _, _, k, stuck = jax.lax.while_loop(running, body, start)
-        return v, k, (limit, (k >= max_steps) & ~stuck)
+        size = _tree.norm(r)
+        start = (v, r, size, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros_like(size))
+        v, _, _, k, stuck, stretch = jax.lax.while_loop(running, body, start)
+        return v, k, (limit, (k >= max_steps) & ~stuck, stretch)
 
     return LinearSolver(run, "gmres")
 
@@ -391,7 +409,7 @@ def dense() -> LinearSolver:
         matrix = jax.vmap(product, out_axes=1)(jnp.eye(flat.size, dtype=dtype))
         v = narrow(jnp.linalg.solve(matrix, flat))
         limit = jnp.asarray(1e4 * jnp.finfo(dtype).eps, dtype)
-        return v, jnp.asarray(flat.size, jnp.int32), (limit, jnp.zeros((), bool))
+        return v, jnp.asarray(flat.size, jnp.int32), (limit, jnp.zeros((), bool), jnp.linalg.norm(matrix))
 
     return LinearSolver(run, "dense")
 
@@ -430,6 +448,6 @@ def from_lineax(solver: Any, *, tags: Any = ()) -> LinearSolver:
         rtol = getattr(solver, "rtol", 1e4 * jnp.finfo(_tree.accumulation_dtype(b)).eps)
         limit = jnp.asarray(rtol).astype(_tree.accumulation_dtype(b))
         spent = solution.result == lineax.RESULTS.max_steps_reached
-        return solution.value, jnp.asarray(steps, jnp.int32), (limit, jnp.asarray(spent))
+        return solution.value, jnp.asarray(steps, jnp.int32), (limit, jnp.asarray(spent), jnp.zeros_like(limit))
 
     return LinearSolver(run, f"lineax.{type(solver).__name__}", symmetric=type(solver).__name__ == "CG")

@@ -197,11 +197,13 @@ def lasso(num_samples: int = 30, num_features: int = 8, *, seed: int = 0, dtype:
     x = np.zeros(num_features)
     for _ in range(20_000):
         v = x - step * train.T @ (train @ x - b_train)
-        x = np.sign(v) * np.maximum(np.abs(v) - step * penalty, 0.0)
+        last, x = x, np.sign(v) * np.maximum(np.abs(v) - step * penalty, 0.0)
+        if np.abs(x - last).max() <= 1e-15 * np.abs(x).max():
+            break
     support, signs = np.flatnonzero(x), np.sign(x[x != 0])
     A, A_v = _float(train, dtype), _float(rows[num_samples:], dtype)
     b, b_v = _float(b_train, dtype), _float(targets[num_samples:], dtype)
-    A_s, s = A[:, support], _float(signs, dtype)
+    A_s, s = _float(train[:, support], dtype), _float(signs, dtype)
 
     def solution(theta: Array) -> Array:
         on_support = jnp.linalg.solve(A_s.T @ A_s, A_s.T @ b - jnp.exp(theta) * s)

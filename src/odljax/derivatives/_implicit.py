@@ -17,7 +17,7 @@ from .._types import STATUS_MESSAGES, Status, Theta, X
 from ..linear import LinearInfo, LinearSolver, cg, gmres, identity
 from ..operators import Operator
 from ..operators._operator import displacement
-from ..solvers import Solution, Solver
+from ..solvers import Adjoint, Solution, Solver
 from ._unrolled import stopped
 
 
@@ -81,14 +81,16 @@ def implicit(
     if on_failure not in ("warn", "ignore"):
         raise ValueError(f"implicit: on_failure must be 'warn' or 'ignore'; {on_failure!r} came.")
 
+    def primal(x0: X, theta: Theta) -> Solution:
+        return stopped(solver.solve, x0, theta)
+
     def solve(x0: X, theta: Theta) -> Solution:
-        solution = stopped(solver.solve, x0, theta)
+        solution = primal(x0, theta)
         x = _attach(operator, linear_solver, on_failure == "warn", solution.x, theta)
         return solution._replace(x=x)
 
-    return dataclasses.replace(
-        solver, solve=solve, derivative="implicit", adjoint=partial(_adjoint, operator, linear_solver)
-    )
+    adjoint = Adjoint(primal, partial(_pull_back, operator, linear_solver))
+    return dataclasses.replace(solver, solve=solve, derivative="implicit", adjoint=adjoint)
 
 
 def one_step(solver: Solver[X, Theta]) -> Solver[X, Theta]:
@@ -169,7 +171,7 @@ def _report(info: LinearInfo) -> None:
     jax.lax.cond(info.status >= Status.STEP_BUDGET_SPENT, tell, lambda: None)
 
 
-def _adjoint(
+def _pull_back(
     operator: Operator, linear_solver: LinearSolver, x: Any, theta: Any, cotangent: Any, guess: Any = None
 ) -> tuple[Any, Any, LinearInfo]:
     """The cotangent of theta, the adjoint vector, and the truth about its solve."""

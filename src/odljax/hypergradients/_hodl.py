@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from .. import _tree
 from .._checks import as_inner, count, differentiable, is_callable, scalar
 from .._types import Coefficient, State, Step, Theta, X
 from ..derivatives import unrolled
@@ -114,7 +116,9 @@ def hodl(
         metric_inverse = operator.metric_inverse
         if metric_inverse is None and operator.metric is not None:
             metric_inverse = _solve_metric(operator.metric)
-    relaxed = krasnoselskii_mann(base, relaxation)
+    # A plain map is watched as it is applied; otherwise the residual costs an application of its own.
+    watched = base is not operator_or_iteration and operator is not None and operator.displacement is None
+    relaxed = krasnoselskii_mann(_watched(operator, num_steps) if watched else base, relaxation)
 
     def inner_residual(x: X, theta: Theta) -> Any:
         if operator is None:
@@ -128,7 +132,8 @@ def hodl(
         walk = aggregate(relaxed, loss, weight=weight, step_size=step_size, metric_inverse=metric_inverse)
         if projection is not None:
             walk = project(walk, projection)
-        solver = for_steps(walk, num_steps, record=lambda x, theta, k: inner_residual(x, theta))
+        record = None if watched else lambda x, theta, k: inner_residual(x, theta)
+        solver = for_steps(walk, num_steps, record=record)
         return unrolled(solver, checkpoint_every=checkpoint_every), loss
 
     compose(())  # bad coefficients are told at construction
@@ -147,13 +152,27 @@ def hodl(
 
         (value, solution), gradient = jax.value_and_grad(value_of, has_aux=True)(theta)
         walk, change = advance_outer(state.outer, theta)
-        history = History(solution.history.recorded, None)
+        history = History(solution.state if watched else solution.history.recorded, None)
         final = inner_residual(solution.x, theta)
         info = Info(value, final, None, solution.status, solution.num_steps, change, history, solution.x)
         x = keep_finite(solution.x, state.x) if warm_start else state.x
         return gradient, HODLState(x, walk), info
 
     return Hypergradient(init, update, f"hodl({base.name})")
+
+
+def _watched(operator: Operator[X, Theta], num_steps: int) -> Iteration[X, Theta]:
+    """The Picard iteration of D whose state is the residual at each iterate from which it has stepped."""
+
+    def init(x: X, theta: Theta) -> State:
+        return jnp.full(num_steps, jnp.nan, _tree.accumulation_dtype(x))
+
+    def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
+        target = operator(x, theta)
+        size = _tree.norm(jax.lax.stop_gradient(_tree.subtract(x, target)))
+        return target, state.at[k].set(size)
+
+    return Iteration(init, step, operator, f"fixed_point({operator.name})")
 
 
 def _solve_metric(metric: Callable[[X, Theta], X]) -> Callable[[X, Theta], X]:

@@ -130,9 +130,9 @@ def _update(
     else:
         # The same mathematics as jax.grad of the implicit solver, spelled out because only so can the adjoint solve
         # start warm and report its residual.
-        solution = jax.lax.stop_gradient(solver(state.x, theta))
+        solution = solver.adjoint.solve(state.x, theta)
         value, (x_gradient, theta_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(solution.x, theta)
-        moved, adjoint, linear = solver.adjoint(solution.x, theta, x_gradient, state.adjoint)
+        moved, adjoint, linear = solver.adjoint.pull_back(solution.x, theta, x_gradient, state.adjoint)
         gradient = _tree.add(theta_gradient, moved)
         residual, status = linear.residual, jnp.maximum(solution.status, linear.status)
     walk, change = advance_outer(state.outer, theta)

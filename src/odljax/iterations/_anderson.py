@@ -42,8 +42,10 @@ def anderson(
     When: the step is smooth near the fixed point and a linear rate is too slow; on linear problems it is GMRES in
     disguise. No safeguard: far from the solution of a non-smooth problem it may leave the basin.
 
-    The Gram matrix is divided by its largest entry plus a floor of ten rounding units of x squared, and then
-    regularised, so that value and derivative stay finite once the iteration has converged and all steps are zero.
+    The regularisation has an absolute floor, ten rounding units of x squared, so that value and derivative stay finite
+    once the iteration has converged and all steps are zero. Below that floor the weights are ratios of rounding errors:
+    ``implicit`` is the derivative of choice, ``unrolled`` is exact as long as the steps were above it, and
+    ``truncated`` at the solution is not accurate.
 
     Args:
         iteration: an iteration, an operator, or a function ``(x, theta) -> x``.
@@ -100,12 +102,13 @@ def _store(history: object, x: object, slot: Array) -> object:
 def _weights(gram: Array, filled: Array, size: Array, regularization: Scalar) -> Array:
     """The weights, summing to one over the filled slots."""
     eps = jnp.finfo(gram.dtype).eps
-    floor = (10 * eps) ** 2 * size + jnp.finfo(gram.dtype).tiny
+    # The absolute part is for rest at x = 0; its inverse, which the derivative multiplies by zero, must not overflow.
+    floor = (10 * eps) ** 2 * size + jnp.finfo(gram.dtype).tiny ** 0.4
     ridge = jnp.maximum(jnp.asarray(regularization).astype(gram.dtype), 10 * eps)
     pair = filled[:, None] & filled[None, :]
     identity = jnp.eye(len(filled), dtype=gram.dtype)
     used = jnp.where(pair, gram, jnp.zeros_like(gram))
-    scaled = used / (jnp.max(used) + floor)
-    system = jnp.where(pair, scaled + ridge * identity, identity)
+    largest = jnp.max(used)
+    system = jnp.where(pair, (used + (ridge * largest + floor) * identity) / (largest + floor), identity)
     raw = jnp.linalg.solve(system, filled.astype(gram.dtype))
     return raw / jnp.sum(raw)

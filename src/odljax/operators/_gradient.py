@@ -10,7 +10,7 @@ import jax
 from .. import _tree
 from .._checks import coefficient, is_callable, same_as, scalar
 from .._types import Coefficient, Scalar
-from ._operator import _NO_STEP, Operator
+from ._operator import Operator, first_step
 
 Objective = Callable[[Any, Any], Any]
 Prox = Callable[[Any, Any, Any], Any]
@@ -57,7 +57,7 @@ def gradient(objective: Objective, step_size: Coefficient) -> Operator:
 
     def displacement(x: Any, theta: Any) -> Any:
         _, slope = value_and_gradient("gradient", objective, x, theta)
-        return _tree.scale(step(theta, _NO_STEP), slope)
+        return _tree.scale(step(theta, first_step()), slope)
 
     return Operator(apply, displacement, symmetric=True, name="gradient")
 
@@ -96,7 +96,7 @@ def forward_backward(objective: Objective, prox: Prox, step_size: Coefficient) -
     step = coefficient("forward_backward", "step_size", step_size)
 
     def pieces(x: Any, theta: Any) -> tuple[Any, Any, Any]:
-        return forward_backward_step(objective, prox, x, theta, step(theta, _NO_STEP))
+        return forward_backward_step(objective, prox, x, theta, step(theta, first_step()))
 
     def displacement(x: Any, theta: Any) -> Any:
         # (p - prox p) + (x - p): where the prox is the identity the first bracket vanishes exactly and no digit of the

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Generic
 
 import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
 from .._checks import as_inner, coefficient, is_callable, record, same_as
-from .._types import Coefficient, Theta, X
+from .._types import Coefficient, Step, Theta, X
 
 
 @record
@@ -111,10 +111,10 @@ def averaged(
     relax = coefficient("averaged", "relaxation", relaxation, high=2.0)
 
     def step_back(x: X, theta: Theta) -> X:
-        return _tree.scale(relax(theta, _NO_STEP), displacement(operator, x, theta))
+        return _tree.scale(relax(theta, first_step()), displacement(operator, x, theta))
 
     return Operator(
-        apply=lambda x, theta: _tree.interpolate(x, operator(x, theta), relax(theta, _NO_STEP)),
+        apply=lambda x, theta: _tree.interpolate(x, operator(x, theta), relax(theta, first_step())),
         displacement=step_back,
         metric=operator.metric,
         metric_inverse=operator.metric_inverse,
@@ -123,7 +123,9 @@ def averaged(
     )
 
 
-_NO_STEP: Any = 0
+def first_step() -> Step:
+    """k = 0: an operator has no steps, and its coefficients are those of the first."""
+    return jnp.zeros((), jnp.int32)
 
 
 def compose(

@@ -11,7 +11,7 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient, is_callable
 from .._types import Coefficient, Scalar, Theta
-from ._operator import _NO_STEP, Operator
+from ._operator import Operator, first_step
 
 
 class ADMMVariables(NamedTuple):
@@ -42,7 +42,9 @@ def linearized_admm(
 
     When: g and h are convex with cheap proximal operators and :math:`A^\top A` has no cheap inverse. With
     :math:`r > \beta \|A\|^2` the operator is non-expansive in the metric
-    :math:`G = \operatorname{diag}(r I - \beta A^\top A, \beta I, I/\beta)`, which it carries, and not in the identity.
+    :math:`G = \operatorname{diag}(r I - \beta A^\top A, \beta I, I/\beta)`, which it carries, and not in the
+    identity. It is not firmly so for every pair, but from its own outcomes towards a fixed point it is: it converges
+    without relaxation.
 
     Shapes: z as g wants it; e, y and the observation b as A z. A, g and h may depend on theta, and so may r and beta.
 
@@ -80,7 +82,7 @@ def linearized_admm(
 
     def apply(u: ADMMVariables, theta: Theta) -> ADMMVariables:
         z, e, y = u
-        beta, r, b = beta_of(theta, _NO_STEP), given(proximal_weight, theta), given(observation, theta)
+        beta, r, b = beta_of(theta, first_step()), given(proximal_weight, theta), given(observation, theta)
         fitted, transpose = jax.vjp(lambda z: linear(z, theta), z)
         violation = _tree.subtract(_tree.add(fitted, e), b)
         (slope,) = transpose(_tree.add(y, _tree.scale(beta, violation)))
@@ -90,7 +92,7 @@ def linearized_admm(
         return type(u)(z, e, _tree.add_scaled(y, beta, _tree.subtract(e, rest)))
 
     def metric(v: ADMMVariables, theta: Theta) -> ADMMVariables:
-        beta, r = beta_of(theta, _NO_STEP), given(proximal_weight, theta)
+        beta, r = beta_of(theta, first_step()), given(proximal_weight, theta)
         fitted, transpose = jax.vjp(lambda z: linear(z, theta), v.z)
         (normal,) = transpose(_tree.scale(beta, fitted))
         z = jax.tree.map(lambda a, n: _as(r, a) * a - n, v.z, normal)

@@ -63,6 +63,21 @@ class Solution(NamedTuple):
 
 
 @record
+class Adjoint:
+    """The two halves of an implicit derivative, for those who want the truth about the adjoint solve.
+
+    Args:
+        solve: ``(x0, theta) -> Solution``, without a derivative.
+        pull_back: ``(x, theta, cotangent, guess) -> (theta cotangent, adjoint vector, LinearInfo)``.
+        name: what messages call it.
+    """
+
+    solve: Callable[[Any, Any], Solution]
+    pull_back: Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
+    name: str = "adjoint"
+
+
+@record
 class Solver(Generic[X, Theta]):
     """An iteration that was told when to stop. Call it with ``(x0, theta)``.
 
@@ -76,7 +91,7 @@ class Solver(Generic[X, Theta]):
         history: whether residuals are recorded.
         record: ``(x, theta, k) -> pytree``, recorded at each iterate, or None.
         derivative: the name of its differentiation rule.
-        adjoint: for implicit rules, ``(x, theta, cotangent, guess) -> (theta cotangent, adjoint vector, info)``.
+        adjoint: for implicit rules, the solve without and the pull-back with the adjoint system; else None.
     """
 
     solve: Callable[[X, Theta], Solution]
@@ -86,7 +101,7 @@ class Solver(Generic[X, Theta]):
     history: bool = False
     record: Record | None = None
     derivative: str = "none"
-    adjoint: Callable[..., Any] | None = None
+    adjoint: Adjoint | None = None
 
     def __call__(self, x0: X, theta: Theta) -> Solution:
         return self.solve(as_inner(self.name, "x0", x0), theta)
@@ -379,10 +394,12 @@ def stopping_body(
         status = jnp.select([test for test, _ in tests], [_code(code) for _, code in tests], _code(_RUNNING))
         status = jnp.where(carry.status == _RUNNING, status, carry.status)
         running = status == _RUNNING
+        # What is not finite is let through by one more step, so that x shows it and no derivative hides it.
+        moving = running | ((carry.status == _RUNNING) & (status == Status.NON_FINITE))
         new_x, new_state = checked_step(iteration, x, state, theta, jnp.minimum(k, max_steps - 1))
         new = Progress(
-            _tree.where(running, new_x, x),
-            _tree.where(running, new_state, state),
+            _tree.where(moving, new_x, x),
+            _tree.where(moving, new_state, state),
             jnp.where(running, k + 1, k),
             status,
             measure,
