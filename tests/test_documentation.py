@@ -15,7 +15,14 @@ import odljax as odl
 ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PACKAGES = ["odljax.derivatives", "odljax.diagnostics", "odljax.hypergradients", "odljax.iterations", "odljax.linear"]
-PACKAGES += ["odljax.operators", "odljax.problems", "odljax.prox", "odljax.solvers", "odljax.training"]
+PACKAGES += [
+    "odljax.networks",
+    "odljax.operators",
+    "odljax.problems",
+    "odljax.prox",
+    "odljax.solvers",
+    "odljax.training",
+]
 
 
 def public_objects():
@@ -82,7 +89,7 @@ def layer_of(module):
         {"_checks"},
         {"prox", "linear"},
         {"problems", "operators"},
-        {"iterations"},
+        {"networks", "iterations"},
         {"solvers"},
         {"derivatives"},
         {"hypergradients", "diagnostics"},

@@ -74,13 +74,13 @@ def as_inner(who: str, name: str, x: T) -> T:
     return _tree.strong(jax.tree_util.tree_unflatten(structure, arrays))
 
 
-def same_as(who: str, what: str, got: Any, want: T, like: str = "x") -> T:
-    """``got``, strongly typed, after checking that its structure, shapes and dtypes are those of ``want``."""
+def same_as(who: str, what: str, got: Any, want: T, name: str = "x") -> T:
+    """``got``, strongly typed, after checking that structure, shapes and dtypes are those of ``want``, called name."""
     got_structure, want_structure = jax.tree.structure(got), jax.tree.structure(want)
     if got_structure != want_structure:
         raise TypeError(
-            f"{who}: {what} must keep the structure of x; it came back as {got_structure}, x is {want_structure}. "
-            f"Return the same containers with the same keys."
+            f"{who}: {what} must keep the structure of {name}; it came back as {got_structure}, {name} is "
+            f"{want_structure}. Return the same containers with the same keys."
         )
     wanted, _ = jax.tree_util.tree_flatten_with_path(want)
     for (path, expected), actual in zip(wanted, jax.tree.leaves(got), strict=True):
@@ -88,8 +88,8 @@ def same_as(who: str, what: str, got: Any, want: T, like: str = "x") -> T:
         weak = getattr(actual, "weak_type", False) and jnp.issubdtype(actual.dtype, jnp.floating)
         if actual.shape != expected.shape or (actual.dtype != expected.dtype and not weak):
             raise TypeError(
-                f"{who}: {what} must keep the shapes and dtypes of x; leaf {leaf_name(path)} came back as "
-                f"{describe(actual)}, x has {describe(expected)}. Reshape or cast it (x.astype) inside the function."
+                f"{who}: {what} must keep the shapes and dtypes of {name}; leaf {leaf_name(path)} came back as "
+                f"{describe(actual)}, {name} has {describe(expected)}. Reshape or cast it (astype) inside the function."
             )
     return jax.tree.map(lambda leaf, like: jax.lax.convert_element_type(leaf, like.dtype), got, want)
 

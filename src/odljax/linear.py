@@ -105,7 +105,7 @@ def _safe_ratio(numerator: Array, denominator: Array) -> Array:
     )
 
 
-def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
+def cg(*, tol: Scalar | None = None, max_steps: int | None = None) -> LinearSolver:
     r"""Returns conjugate gradients, for symmetric positive-definite matrices.
 
     When: the operator is a gradient step and the objective strongly convex at the solution. It is refused where the
@@ -114,7 +114,7 @@ def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
 
     Args:
         tol: on ``||b - A v|| / ||b||``; default 1e-12 in float64, 1e-6 in float32.
-        max_steps: at least 1.
+        max_steps: at least 1; default ten times the number of unknowns, and 100 at least.
 
     Raises:
         ValueError: a tolerance that is not positive, a step budget below 1.
@@ -131,10 +131,12 @@ def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
         [1.0, 1.0]
     """
     limit_of = _tolerance("cg", tol)
-    max_steps = count("cg", "max_steps", max_steps)
+    if max_steps is not None:
+        max_steps = count("cg", "max_steps", max_steps)
 
     def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
         limit = limit_of(b)
+        budget = max_steps or max(100, 10 * sum(leaf.size for leaf in jax.tree.leaves(b)))
         v, r = _start(matvec, b, guess)
         target = (limit * _tree.norm(b)) ** 2
         rr = _tree.vdot(r, r)
@@ -142,7 +144,7 @@ def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
 
         def running(carry: Any) -> Array:
             *_, rr, k, broken, _ = carry
-            return (rr > target) & (k < max_steps) & ~broken
+            return (rr > target) & (k < budget) & ~broken
 
         def body(carry: Any) -> Any:
             v, r, p, rr, k, _, stretch = carry
@@ -159,7 +161,7 @@ def cg(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolver:
 
         start = (v, r, r, rr, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros_like(rr))
         v, _, _, _, k, broken, stretch = jax.lax.while_loop(running, body, start)
-        return v, k, (limit, (k >= max_steps) & ~broken, stretch)
+        return v, k, (limit, (k >= budget) & ~broken, stretch)
 
     return LinearSolver(run, "cg", symmetric=True)
 

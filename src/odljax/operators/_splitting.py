@@ -9,7 +9,7 @@ import jax
 from jax import Array
 
 from .. import _tree
-from .._checks import coefficient, is_callable
+from .._checks import coefficient, is_callable, same_as
 from .._types import Coefficient, Scalar, Theta
 from ._operator import Operator, first_step
 
@@ -80,15 +80,19 @@ def linearized_admm(
     def given(value: Any, theta: Theta) -> Any:
         return value(theta) if callable(value) else value
 
+    def image(z: Any, e: Any, theta: Theta) -> Any:
+        return same_as(who, "linear", linear(z, theta), e, "e")
+
     def apply(u: ADMMVariables, theta: Theta) -> ADMMVariables:
         z, e, y = u
         beta, r, b = beta_of(theta, first_step()), given(proximal_weight, theta), given(observation, theta)
-        fitted, transpose = jax.vjp(lambda z: linear(z, theta), z)
+        fitted, transpose = jax.vjp(lambda z: image(z, e, theta), z)
         violation = _tree.subtract(_tree.add(fitted, e), b)
         (slope,) = transpose(_tree.add(y, _tree.scale(beta, violation)))
-        z = prox_z(jax.tree.map(lambda a, s: a - s / _as(r, s), z, slope), theta, 1 / r)
-        rest = _tree.subtract(b, linear(z, theta))
-        e = prox_e(_tree.add_scaled(rest, -1 / beta, y), theta, 1 / beta)
+        forward = jax.tree.map(lambda a, s: a - s / _as(r, s), z, slope)
+        z = same_as(who, "prox_z", prox_z(forward, theta, 1 / r), z, "z")
+        rest = _tree.subtract(b, image(z, e, theta))
+        e = same_as(who, "prox_e", prox_e(_tree.add_scaled(rest, -1 / beta, y), theta, 1 / beta), e, "e")
         return type(u)(z, e, _tree.add_scaled(y, beta, _tree.subtract(e, rest)))
 
     def metric(v: ADMMVariables, theta: Theta) -> ADMMVariables:

@@ -189,7 +189,7 @@ def until_converged(
     Returns:
         A solver. Its status is CONVERGED, STEP_BUDGET_SPENT, STALLED (25 steps without a smaller residual, at 100
         rounding units of x), DIVERGED (residual beyond 1e6 times the largest of the first residual, \|x0\| and 1) or
-        NON_FINITE.
+        NON_FINITE (which x then shows, whether it came in with x0 or theta or appeared on the way).
 
     Raises:
         TypeError: iteration is none, or has no operator; a step that changes structure, shape or dtype; reverse mode.
@@ -301,7 +301,8 @@ def start_state(iteration: Iteration, x: Any, theta: Any) -> State:
 def checked_step(iteration: Iteration, x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
     """One step whose outcome is known to fit the loop's carry."""
     new_x, new_state = iteration.step(x, state, theta, k)
-    return same_as(iteration.name, "the step", new_x, x), same_as(iteration.name, "the step's state", new_state, state)
+    new_state = same_as(iteration.name, "the step's state", new_state, state, "the state before")
+    return same_as(iteration.name, "the step", new_x, x), new_state
 
 
 def _row(iteration: Iteration, record: Record | None, x: Any, theta: Any, k: Step, size: Array | None) -> History:
@@ -383,7 +384,7 @@ def stopping_body(
         reference = jnp.where(k == 0, jnp.maximum(carry.reference, measure), carry.reference)
         better = measure < carry.best
         best_at = jnp.where(better, k, carry.best_at)
-        rounding = 100 * jnp.finfo(_lowest_dtype(x)).eps * size
+        rounding = 100 * float(jnp.finfo(_lowest_dtype(x)).eps) * size
         tests = [
             (~(jnp.isfinite(measure) & jnp.isfinite(size)), Status.NON_FINITE),
             (measure <= limit, Status.CONVERGED),

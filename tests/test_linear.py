@@ -1,0 +1,522 @@
+"""Linear solvers against NumPy, and what they say about themselves."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import odljax as odl
+from odljax import Status, linear
+
+N = 7
+RNG = np.random.default_rng(0)
+NOISE = RNG.standard_normal((N, N)) / np.sqrt(N)
+GENERAL = np.eye(N) + 0.25 * NOISE
+SYMMETRIC = np.eye(N) + 0.12 * (NOISE + NOISE.T)
+B = RNG.standard_normal(N)
+
+# name: (constructor, the matrix it is for)
+EXACT = {
+    "cg": (linear.cg, SYMMETRIC),
+    "gmres": (linear.gmres, GENERAL),
+    "gmres_restarted": (lambda: linear.gmres(restart=4), GENERAL),
+    "bicgstab": (linear.bicgstab, GENERAL),
+    "neumann": (lambda: linear.neumann(60), GENERAL),
+    "dense": (linear.dense, GENERAL),
+    "lineax_gmres": (lambda: linear.from_lineax(lineax.GMRES(rtol=1e-12, atol=1e-12)), GENERAL),
+    "lineax_cg": (
+        lambda: linear.from_lineax(lineax.CG(rtol=1e-12, atol=1e-12), tags=lineax.positive_semidefinite_tag),
+        SYMMETRIC,
+    ),
+}
+SINGLE = EXACT | {
+    "lineax_gmres": (lambda: linear.from_lineax(lineax.GMRES(rtol=1e-6, atol=1e-6)), GENERAL),
+    "lineax_cg": (
+        lambda: linear.from_lineax(lineax.CG(rtol=1e-6, atol=1e-6), tags=lineax.positive_semidefinite_tag),
+        SYMMETRIC,
+    ),
+}
+STOPPING = ["cg", "gmres", "gmres_restarted", "bicgstab"]
+FINISHED = (Status.CONVERGED, Status.COMPLETED)
+
+every = pytest.mark.parametrize("name", list(EXACT))
+
+
+def product(matrix):
+    matrix = jnp.asarray(matrix)
+    return lambda v: matrix @ v
+
+
+@functools.cache
+def compiled(name, single=False):
+    """``(matrix, b, guess) -> (v, info)``, compiled once for all tests."""
+    solver = (SINGLE if single else EXACT)[name][0]()
+    run = jax.jit(lambda matrix, b, guess: solver(lambda v: matrix @ v, b, guess))
+    return lambda matrix, b, guess=None: run(matrix, b, np.zeros_like(b) if guess is None else guess)
+
+
+def true_residual(matrix, v, b):
+    return np.linalg.norm(np.asarray(b, float) - matrix @ np.asarray(v, float)) / np.linalg.norm(b)
+
+
+def test_the_matrices_contract_and_are_definite():
+    for matrix in (GENERAL, SYMMETRIC):
+        assert np.abs(np.linalg.eigvals(np.eye(N) - matrix)).max() < 0.6
+    assert np.linalg.eigvalsh(SYMMETRIC).min() > 0.4
+    assert np.abs(GENERAL - GENERAL.T).max() > 0.1
+
+
+# ---- the answer ------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_float64(name):
+    matrix = EXACT[name][1]
+    v, info = compiled(name)(matrix, B)
+    assert v.dtype == jnp.float64
+    np.testing.assert_allclose(v, np.linalg.solve(matrix, B), rtol=0, atol=1e-10)
+    assert Status(int(info.status)) in FINISHED
+    assert info.residual.shape == info.num_steps.shape == info.status.shape == ()
+    assert info.num_steps.dtype == info.status.dtype == jnp.int32
+    np.testing.assert_allclose(info.residual, true_residual(matrix, v, B), rtol=1e-3, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "gmres_restarted"])
+def test_float32(name):
+    matrix, b = SINGLE[name][1].astype(np.float32), B.astype(np.float32)
+    v, info = compiled(name, single=True)(matrix, b)
+    assert v.dtype == info.residual.dtype == jnp.float32
+    want = np.linalg.solve(matrix.astype(float), b.astype(float))
+    np.testing.assert_allclose(v, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert Status(int(info.status)) in FINISHED
+
+
+def test_float32_without_x64(float32_only):
+    for name in ("cg", "gmres"):
+        solver, matrix = EXACT[name][0](), EXACT[name][1]
+        v, info = jax.jit(lambda matrix, b: solver(lambda v: matrix @ v, b))(matrix, B)
+        assert v.dtype == jnp.float32
+        np.testing.assert_allclose(v, np.linalg.solve(matrix, B), rtol=0, atol=2e-6)
+        assert Status(int(info.status)) is Status.CONVERGED
+
+
+def tree(dtypes):
+    """N numbers as a 0-d, a size-1 and a two-dimensional leaf."""
+    scalar, one, rest = dtypes
+    return {
+        "scalar": np.asarray(B[0], scalar),
+        "one": np.asarray(B[1:2], one),
+        "rest": (np.asarray(B[2:6].reshape(2, 2), rest), np.asarray(B[6:], rest)),
+    }
+
+
+def tree_product(matrix, like):
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), like)
+    _, unravel = ravel_pytree(wide)
+
+    def apply(v):
+        flat = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), v))[0]
+        return jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), unravel(jnp.asarray(matrix) @ flat), like)
+
+    return apply
+
+
+def flat_double(tree):
+    return np.concatenate([np.ravel(np.asarray(leaf, float)) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("name", ["cg", "gmres", "bicgstab", "neumann", "dense"])
+@pytest.mark.parametrize(
+    ("dtypes", "tolerance"),
+    [((np.float64,) * 3, 1e-10), ((np.float64, np.float32, np.float64), 1e-6)],
+    ids=["float64", "mixed"],
+)
+def test_pytrees(name, dtypes, tolerance):
+    make, matrix = EXACT[name]
+    b = tree(dtypes)
+    v, info = jax.jit(lambda b: make()(tree_product(matrix, b), b))(b)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), v) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), b
+    )
+    np.testing.assert_allclose(flat_double(v), np.linalg.solve(matrix, flat_double(b)), rtol=0, atol=tolerance)
+    # A tolerance that no leaf of lower precision can meet would turn a good solve into a failed one.
+    assert Status(int(info.status)) in FINISHED
+    assert int(info.num_steps) < 100
+
+
+@every
+def test_one_unknown(name):
+    solver = EXACT[name][0]()
+    answers = jax.jit(lambda *rights: [solver(lambda v: 1.25 * v, b) for b in rights])(jnp.asarray(5.0), jnp.ones(1))
+    for (v, info), shape, want in zip(answers, [(), (1,)], [4.0, 0.8], strict=True):
+        assert v.shape == shape
+        np.testing.assert_allclose(v, np.full(shape, want), rtol=0, atol=1e-11)
+        assert Status(int(info.status)) in FINISHED
+
+
+@pytest.mark.parametrize("name", ["cg", "gmres", "bicgstab", "neumann", "dense"])
+def test_vmap_and_jit_change_nothing(name):
+    make, matrix = EXACT[name]
+    solver = make()
+    scales, rights = np.array([1.0, 1.1, 0.9]), np.random.default_rng(1).standard_normal((3, N))
+
+    def solve(scale, b):
+        return solver(lambda v: scale * (matrix @ v), b)
+
+    batch, infos = jax.jit(jax.vmap(solve))(scales, rights)
+    assert infos.status.shape == infos.residual.shape == (3,)
+    for i in range(3):
+        v, info = compiled(name)(scales[i] * matrix, rights[i])
+        np.testing.assert_allclose(batch[i], v, rtol=0, atol=1e-11)
+        assert int(infos.num_steps[i]) == int(info.num_steps)
+        assert int(infos.status[i]) == int(info.status)
+    if name in ("cg", "neumann"):
+        eager, _ = solve(jnp.asarray(scales[0]), jnp.asarray(rights[0]))
+        np.testing.assert_allclose(batch[0], eager, rtol=0, atol=1e-11)
+
+
+def test_identity_returns_the_right_side():
+    v, info = linear.identity()(product(GENERAL), jnp.asarray(B))
+    np.testing.assert_array_equal(v, B)
+    assert (int(info.num_steps), Status(int(info.status))) == (0, Status.COMPLETED)
+    np.testing.assert_allclose(info.residual, true_residual(GENERAL, B, B), rtol=1e-12)
+
+
+@pytest.mark.parametrize("terms", [0, 1, 5])
+def test_neumann_is_the_truncated_series(terms):
+    v, info = linear.neumann(terms)(product(GENERAL), jnp.asarray(B))
+    power = np.eye(N) - GENERAL
+    want = sum(np.linalg.matrix_power(power, i) @ B for i in range(terms + 1))
+    np.testing.assert_allclose(v, want, rtol=0, atol=1e-14)
+    left = np.linalg.norm(np.linalg.matrix_power(power, terms + 1) @ B) / np.linalg.norm(B)
+    np.testing.assert_allclose(info.residual, left, rtol=1e-10)
+    assert (int(info.num_steps), Status(int(info.status))) == (terms, Status.COMPLETED)
+    # One rate q in all directions: the residual is q^(terms + 1) itself.
+    _, info = linear.neumann(terms)(lambda v: 0.7 * v, jnp.asarray(B))
+    np.testing.assert_allclose(info.residual, 0.3 ** (terms + 1), rtol=1e-12)
+
+
+def test_float32_at_condition_1e4():
+    """Regularised least squares; the reference is float64 on the same data."""
+    rng = np.random.default_rng(0)
+    A, penalty = (rng.standard_normal((40, 60)) / np.sqrt(40)).astype(np.float32), np.float32(4.4e-4)
+    matrix = A.astype(float).T @ A.astype(float) + float(penalty) * np.eye(60)
+    assert 9e3 < np.linalg.cond(matrix) < 1.1e4
+    b = rng.standard_normal(60).astype(np.float32)
+    v, info = jax.jit(lambda A, b: linear.cg()(lambda v: A.T @ (A @ v) + penalty * v, b))(A, b)
+    want = np.linalg.solve(matrix, b.astype(float))
+    assert np.linalg.norm(np.asarray(v, float) - want) < 1e-5 * np.linalg.norm(want)
+    # The right side is a thousand times smaller than the solution: rounding alone leaves a residual of 1e-4 or so, and
+    # a solve as good as float32 permits must not be reported as a failed one.
+    assert 1e-5 < float(info.residual) < 1e-3
+    np.testing.assert_allclose(info.residual, true_residual(matrix, v, b), rtol=0.2)
+    assert Status(int(info.status)) is Status.CONVERGED
+
+
+# ---- starts and stops ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*STOPPING, "lineax_gmres", "lineax_cg"])
+def test_no_step_from_the_exact_guess(name):
+    matrix = np.diag(2.0 ** np.arange(N))
+    guess = np.array([3.0, -1.0, 0.5, 0.0, 7.0, -2.0, 1.0])
+    v, info = compiled(name)(matrix, matrix @ guess, guess)
+    np.testing.assert_array_equal(v, guess)
+    assert Status(int(info.status)) is Status.CONVERGED
+    assert float(info.residual) == 0
+    if name in STOPPING:
+        assert int(info.num_steps) == 0
+
+
+@pytest.mark.parametrize("name", ["cg", "gmres_restarted", "bicgstab"])
+def test_a_near_guess_saves_steps(name):
+    matrix = EXACT[name][1]
+    want = np.linalg.solve(matrix, B)
+    _, cold = compiled(name)(matrix, B)
+    v, warm = compiled(name)(matrix, B, want + 1e-9 * np.random.default_rng(0).standard_normal(N))
+    np.testing.assert_allclose(v, want, rtol=0, atol=1e-11)
+    assert int(warm.num_steps) < int(cold.num_steps)
+
+
+@every
+def test_right_side_zero(name):
+    v, info = compiled(name)(EXACT[name][1], np.zeros(N))
+    np.testing.assert_array_equal(v, np.zeros(N))
+    assert float(info.residual) == 0
+    assert Status(int(info.status)) in FINISHED
+    if name in STOPPING:
+        assert int(info.num_steps) == 0
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_right_side_zero_from_a_guess(name):
+    v, info = compiled(name)(EXACT[name][1], np.zeros(N), B)
+    assert np.abs(v).max() < 1e-12
+    assert Status(int(info.status)) is Status.CONVERGED
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "steps"),
+    [
+        ("cg", linear.cg(max_steps=2), 2),
+        ("gmres", linear.gmres(max_steps=3, restart=2), 4),  # whole cycles
+        ("bicgstab", linear.bicgstab(max_steps=2), 2),
+    ],
+)
+def test_step_budget_spent(name, solver, steps):
+    matrix = EXACT[name][1]
+    v, info = jax.jit(lambda b: solver(lambda v: matrix @ v, b))(B)
+    assert Status(int(info.status)) is Status.STEP_BUDGET_SPENT
+    assert int(info.num_steps) == steps
+    assert 1e-3 < float(info.residual) < 1
+    np.testing.assert_allclose(info.residual, true_residual(matrix, v, B), rtol=1e-12)
+
+
+def test_the_tolerance_is_that_asked_for():
+    def solve(b):
+        return [linear.cg(tol=tol)(lambda v: SYMMETRIC @ v, b)[1] for tol in (1e-2, 1e-8)]
+
+    loose, tight = jax.jit(solve)(B)
+    assert 1e-6 < float(loose.residual) <= 1e-2
+    assert float(tight.residual) <= 1e-8
+    assert int(loose.num_steps) < int(tight.num_steps)
+
+
+def test_cg_stalls_on_an_indefinite_matrix():
+    matrix, b = np.diag([3.0, 2.0, -1.0, 1.0, 1.0, 1.0, 1.0]), np.array([1.0, 1.0, 0.3, 0.0, 0.0, 0.0, 0.0])
+    v, info = compiled("cg")(matrix, b)
+    assert Status(int(info.status)) is Status.STALLED
+    assert np.isfinite(v).all()
+    np.testing.assert_allclose(info.residual, true_residual(matrix, v, b), rtol=1e-12)
+    v, info = compiled("cg")(-np.eye(N), B)  # the very first direction shows it
+    assert (Status(int(info.status)), float(info.residual), int(info.num_steps)) == (Status.STALLED, 1.0, 1)
+    np.testing.assert_array_equal(v, np.zeros(N))
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_a_singular_system_stalls(name):
+    matrix = np.diag([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 0.0])
+    v, info = compiled(name)(matrix, np.ones(N))
+    assert Status(int(info.status)) is Status.STALLED
+    assert np.isfinite(v).all()
+    np.testing.assert_allclose(info.residual, true_residual(matrix, v, np.ones(N)), rtol=1e-12)
+    if name == "gmres":
+        np.testing.assert_allclose(info.residual, 1 / np.sqrt(N), rtol=1e-12)  # the least-squares residual
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_a_singular_but_consistent_system_is_solved(name):
+    b = np.array([1.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0])
+    v, info = compiled(name)(np.diag([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 0.0]), b)
+    np.testing.assert_allclose(v, [1.0, 0.5, 2.0, 1.5, 4.0, 0.0, 0.0], rtol=0, atol=1e-12)
+    assert Status(int(info.status)) is Status.CONVERGED
+
+
+@every
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite(name, bad):
+    right, broken = B.copy(), EXACT[name][1].copy()
+    right[2] = broken[1, 1] = bad
+    for matrix, b in ((EXACT[name][1], right), (broken, B)):
+        v, info = compiled(name)(matrix, b)
+        assert Status(int(info.status)) is Status.NON_FINITE
+        assert not np.isfinite(v).all()  # never replaced by a zero
+
+
+def test_a_singular_matrix_breaks_dense_and_a_divergent_series_neumann():
+    _, info = linear.dense()(product(np.diag([1.0, 0.0])), jnp.ones(2))
+    assert Status(int(info.status)) is Status.NON_FINITE
+    _, info = linear.neumann(2000)(lambda v: -v, jnp.ones(2))
+    assert Status(int(info.status)) is Status.NON_FINITE
+    _, info = linear.neumann(3)(lambda v: -v, jnp.ones(2))  # 2^4
+    assert (float(info.residual), Status(int(info.status))) == (16.0, Status.COMPLETED)
+
+
+def test_lineax_out_of_steps_is_reported():
+    solver = linear.from_lineax(lineax.GMRES(rtol=1e-12, atol=1e-12, max_steps=1, restart=2))
+    v, info = solver(product(GENERAL), jnp.asarray(B))
+    assert Status(int(info.status)) is Status.STEP_BUDGET_SPENT
+    np.testing.assert_allclose(info.residual, true_residual(GENERAL, v, B), rtol=1e-12)
+    assert solver.name == "lineax.GMRES"
+    assert not solver.symmetric
+    assert linear.from_lineax(lineax.CG(rtol=1e-6, atol=1e-6)).symmetric
+
+
+# ---- hard cases for the non-symmetric methods ------------------------------------------------------------------------
+
+TURN = np.array([[0.0, 1.0], [-1.0, 0.0]])
+
+
+def test_gmres_on_exact_early_breakdown():
+    for matrix, b in (
+        (np.eye(N), B),
+        (np.diag([2.0, 2.0, 5.0, 5.0, 5.0, 5.0, 2.0]), np.ones(N)),
+        (np.triu(np.ones((N, N))), np.eye(N)[0]),
+    ):
+        v, info = compiled("gmres")(matrix, b)
+        np.testing.assert_allclose(v, np.linalg.solve(matrix, b), rtol=0, atol=1e-13)
+        assert Status(int(info.status)) is Status.CONVERGED
+        assert int(info.num_steps) == N
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 1.0, 1.0), (1.0, 2.0, 3.0)])
+def test_gmres_on_rotations(sizes):
+    matrix, b = np.eye(N), np.arange(1.0, N + 1)
+    matrix[:6, :6] = np.kron(np.diag(sizes), TURN)
+    v, info = compiled("gmres")(matrix, b)
+    np.testing.assert_allclose(v, np.linalg.solve(matrix, b), rtol=0, atol=1e-12)
+    assert Status(int(info.status)) is Status.CONVERGED
+
+
+def test_restarted_gmres_stalls_where_theory_says():
+    _, info = linear.gmres(restart=1)(product(TURN), jnp.ones(2))  # b is orthogonal to A b
+    assert (Status(int(info.status)), int(info.num_steps)) == (Status.STALLED, 1)
+    np.testing.assert_allclose(info.residual, 1.0, rtol=1e-15)
+    shift = np.roll(np.eye(N), 1, axis=0)  # no progress before the last of n steps
+    v, info = compiled("gmres_restarted")(shift, np.eye(N)[0])
+    assert Status(int(info.status)) is Status.STALLED
+    assert np.isfinite(v).all()
+    v, info = compiled("gmres")(shift, np.eye(N)[0])
+    np.testing.assert_allclose(v, shift.T @ np.eye(N)[0], rtol=0, atol=1e-14)
+    assert Status(int(info.status)) is Status.CONVERGED
+
+
+def test_restarted_gmres_takes_whole_cycles():
+    v, info = compiled("gmres_restarted")(GENERAL, B)
+    np.testing.assert_allclose(v, np.linalg.solve(GENERAL, B), rtol=0, atol=1e-10)
+    assert int(info.num_steps) % 4 == 0
+    assert int(info.num_steps) > N
+
+
+def test_bicgstab_breaks_down_visibly_where_gmres_does_not():
+    matrix = np.eye(N)
+    matrix[:6, :6] = np.kron(np.eye(3), TURN)
+    b = np.append(np.ones(N - 1), 0.0)
+    v, info = compiled("bicgstab")(matrix, b)
+    assert Status(int(info.status)) is Status.STALLED
+    assert np.isfinite(v).all()
+    np.testing.assert_allclose(info.residual, true_residual(matrix, v, b), rtol=1e-12)
+    v, info = compiled("gmres")(matrix, b)
+    assert Status(int(info.status)) is Status.CONVERGED
+
+
+# ---- transposition ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cg", "gmres", "bicgstab", "neumann", "dense"])
+def test_transposes_inside_custom_linear_solve(name):
+    make, matrix = EXACT[name]
+    solver = make()
+
+    def solve(matvec, b):
+        return solver(matvec, b)[0]
+
+    def value(scale, b):
+        def matvec(v):
+            return scale * (matrix @ v)
+
+        v = jax.lax.custom_linear_solve(matvec, b, solve, solve, symmetric=solver.symmetric)
+        return jnp.sum(jnp.sin(v))
+
+    scales, rights = np.full(2, 1.1), np.stack([B, np.zeros(N)])
+    slopes = jax.jit(jax.vmap(jax.grad(value, argnums=(0, 1))))(scales, rights)
+    v = np.linalg.solve(1.1 * matrix, B)
+    adjoint = np.linalg.solve(1.1 * matrix.T, np.cos(v))
+    np.testing.assert_allclose(slopes[1][0], adjoint, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(slopes[0][0], -adjoint @ (matrix @ v), rtol=1e-10)
+    np.testing.assert_allclose(slopes[1][1], np.linalg.solve(1.1 * matrix.T, np.ones(N)), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(slopes[0][1], 0.0, rtol=0, atol=1e-12)
+
+
+# ---- sharding --------------------------------------------------------------------------------------------------------
+
+SHARDED = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import odljax as odl
+
+jax.config.update("jax_enable_x64", True)
+assert len(jax.devices()) == 8
+rng = np.random.default_rng(0)
+A = rng.standard_normal((32, 16)) / np.sqrt(32)
+b, theta = rng.standard_normal(32), 0.1 * rng.standard_normal(16) - 1.0
+
+# Product, then sum: this is how explicit sharding wants a contraction over a sharded axis to be written.
+def apply(A, x):
+    return jnp.sum(A * x[None, :], axis=1)
+
+def solve(A, b, theta):
+    matvec = lambda v: jnp.sum(A * apply(A, v)[:, None], axis=0) + jnp.exp(theta) * v
+    return odl.linear.cg()(matvec, jnp.sum(A * b[:, None], axis=0))
+
+def both(A, b, theta):
+    def objective(x, theta):
+        return 0.5 * jnp.sum((apply(A, x) - b) ** 2) + 0.5 * jnp.sum(jnp.exp(theta) * x**2)
+
+    inner = odl.gradient_descent(objective, step_size=0.3)
+    solver = odl.implicit(odl.until_converged(inner, tol=1e-11, max_steps=500))
+
+    def outer(theta):
+        solution = solver(jnp.zeros_like(theta), theta)
+        return jnp.sum((solution.x - 1.0) ** 2), solution.status
+
+    gradient, status = jax.grad(outer, has_aux=True)(theta)
+    v, info = solve(A, b, theta)
+    return {"cg": v, "implicit": gradient}, {"cg": info.status, "implicit": status}
+
+rows = []
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(kind,))
+    jax.set_mesh(mesh)
+    for split, specs in {"data": (P("i", None), P("i"), P()), "parameters": (P(None, "i"), P(), P("i"))}.items():
+        arguments = [jax.device_put(jnp.asarray(a), NamedSharding(mesh, s)) for a, s in zip((A, b, theta), specs)]
+        compiled = jax.jit(both).lower(*arguments).compile()
+        answers, status = compiled(*arguments)
+        for name, answer in answers.items():
+            rows.append({
+                "case": f"{name} {split} {kind.name}",
+                "answer": np.asarray(answer).tolist(),
+                "split": not answer.sharding.is_fully_replicated,
+                "gathers": compiled.as_text().count("all-gather"),
+                "reduces": compiled.as_text().count("all-reduce"),
+                "status": int(status[name]),
+            })
+print(json.dumps(rows))
+"""
+
+
+def test_sharded_data_and_parameters_give_the_same_answer_without_gathering():
+    source = Path(odl.__file__).parents[1]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(source),
+    }
+    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert len(rows) == 8
+
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((32, 16)) / np.sqrt(32)
+    b, theta = rng.standard_normal(32), 0.1 * rng.standard_normal(16) - 1.0
+    hessian = A.T @ A + np.diag(np.exp(theta))
+    x = np.linalg.solve(hessian, A.T @ b)
+    want = {"cg": x, "implicit": -np.linalg.solve(hessian, 2 * (x - 1)) * np.exp(theta) * x}
+    for row in rows:
+        name, split, _ = row["case"].split()
+        np.testing.assert_allclose(row["answer"], want[name], rtol=0, atol=1e-9, err_msg=row["case"])
+        assert row["status"] == Status.CONVERGED, row["case"]
+        assert row["split"] == (split == "parameters"), row["case"]
+        assert row["gathers"] == 0, row["case"]
+        assert row["reduces"] > 0, row["case"]
