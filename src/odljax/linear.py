@@ -64,8 +64,7 @@ class LinearSolver:
         v, num_steps, tolerance = self.run(matvec, b, guess)
         size = _tree.norm(b)
         size = jnp.where(size > 0, size, jnp.ones_like(size))
-        rest = _tree.subtract(b, matvec(v))
-        residual = _tree.norm(rest) / size
+        residual = _tree.norm(_tree.subtract(b, matvec(v))) / size
         if tolerance is None:
             status = jnp.full_like(num_steps, Status.COMPLETED)
         else:
@@ -74,11 +73,9 @@ class LinearSolver:
             # that of ||A|| ||v|| and far above that of ||b|| where A is ill-conditioned; allow for it, within reason.
             eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b))
             rounding = jnp.maximum(100.0, stretch * _tree.norm(v) / size).astype(residual.dtype) * eps
-            accepted = jnp.maximum(10 * limit, 10 * jnp.minimum(rounding, eps**0.5))
+            accepted = jnp.maximum(10 * limit, jnp.where(spent, 0.0, 10 * jnp.minimum(rounding, eps**0.5)))
             short = jnp.where(spent, jnp.asarray(Status.STEP_BUDGET_SPENT), jnp.asarray(Status.STALLED))
             status = jnp.where(residual <= accepted, jnp.asarray(Status.CONVERGED), short).astype(jnp.int32)
-            # A loop that stopped at a NaN may have left zeros behind.
-            v = _tree.where(_tree.all_finite(rest), v, jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), v))
         status = jnp.where(jnp.isfinite(residual), status, jnp.full_like(status, Status.NON_FINITE))
         return v, LinearInfo(residual, num_steps, status)
 
@@ -97,6 +94,11 @@ def _start(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Any]:
     if guess is None:
         return _tree.zeros_like(b), b
     return guess, _tree.subtract(b, matvec(guess))
+
+
+def _nan_unless(sound: Array, v: Any) -> Any:
+    """A loop that stopped at a NaN may have left zeros behind: they must not pass for a solution."""
+    return _tree.scale(jnp.where(sound, 1.0, jnp.nan), v)
 
 
 def _safe_ratio(numerator: Array, denominator: Array) -> Array:
@@ -138,7 +140,7 @@ def cg(*, tol: Scalar | None = None, max_steps: int | None = None) -> LinearSolv
         limit = limit_of(b)
         budget = max_steps or max(100, 10 * sum(leaf.size for leaf in jax.tree.leaves(b)))
         v, r = _start(matvec, b, guess)
-        target = (limit * _tree.norm(b)) ** 2
+        target = limit**2 * _tree.vdot(b, b)
         rr = _tree.vdot(r, r)
         eps = jnp.finfo(rr.dtype).eps
 
@@ -151,17 +153,16 @@ def cg(*, tol: Scalar | None = None, max_steps: int | None = None) -> LinearSolv
             q = matvec(p)
             curvature = _tree.vdot(p, q)
             # 1 / alpha never exceeds the largest eigenvalue (it sits on the diagonal of Lanczos' matrix).
-            stretch = jnp.maximum(stretch, _safe_ratio(curvature, rr))
+            stretch = jnp.maximum(stretch, curvature / rr)
             broken = ~(curvature > eps * stretch * rr)
-            alpha = jnp.where(broken, jnp.zeros_like(rr), _safe_ratio(rr, curvature))
+            alpha = jnp.where(broken, jnp.zeros_like(rr), rr / curvature)
             v, r = _tree.add_scaled(v, alpha, p), _tree.add_scaled(r, -alpha, q)
-            new = jnp.where(broken, rr, _tree.vdot(r, r))
-            p = _tree.add_scaled(r, _safe_ratio(new, rr), p)
-            return v, r, p, new, k + 1, broken, stretch
+            new = _tree.vdot(r, r)
+            return v, r, _tree.add_scaled(r, new / rr, p), new, k + 1, broken, stretch
 
         start = (v, r, r, rr, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros_like(rr))
-        v, _, _, _, k, broken, stretch = jax.lax.while_loop(running, body, start)
-        return v, k, (limit, (k >= budget) & ~broken, stretch)
+        v, _, _, rr, k, broken, stretch = jax.lax.while_loop(running, body, start)
+        return _nan_unless(jnp.isfinite(rr), v), k, (limit, (k >= budget) & ~broken, stretch)
 
     return LinearSolver(run, "cg", symmetric=True)
 
@@ -221,8 +222,8 @@ def bicgstab(*, tol: Scalar | None = None, max_steps: int = 1000) -> LinearSolve
 
         rho = _tree.vdot(r, r)
         start = (v, r, r, rho, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros_like(rho))
-        v, _, _, _, k, broken, stretch = jax.lax.while_loop(running, body, start)
-        return v, k, (limit, (k >= max_steps) & ~broken, stretch)
+        v, r, _, _, k, broken, stretch = jax.lax.while_loop(running, body, start)
+        return _nan_unless(jnp.isfinite(_tree.norm(r)), v), k, (limit, (k >= max_steps) & ~broken, stretch)
 
     return LinearSolver(run, "bicgstab")
 
@@ -320,8 +321,8 @@ def gmres(*, tol: Scalar | None = None, max_steps: int = 1000, restart: int = 30
         v, r = _start(matvec, b, guess)
         size = _tree.norm(r)
         start = (v, r, size, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros_like(size))
-        v, _, _, k, stuck, stretch = jax.lax.while_loop(running, body, start)
-        return v, k, (limit, (k >= max_steps) & ~stuck, stretch)
+        v, _, size, k, stuck, stretch = jax.lax.while_loop(running, body, start)
+        return _nan_unless(jnp.isfinite(size + stretch), v), k, (limit, (k >= max_steps) & ~stuck, stretch)
 
     return LinearSolver(run, "gmres")
 
@@ -450,6 +451,7 @@ def from_lineax(solver: Any, *, tags: Any = ()) -> LinearSolver:
         rtol = getattr(solver, "rtol", 1e4 * jnp.finfo(_tree.accumulation_dtype(b)).eps)
         limit = jnp.asarray(rtol).astype(_tree.accumulation_dtype(b))
         spent = solution.result == lineax.RESULTS.max_steps_reached
-        return solution.value, jnp.asarray(steps, jnp.int32), (limit, jnp.asarray(spent), jnp.zeros_like(limit))
+        value = _nan_unless(_tree.all_finite(_tree.subtract(b, matvec(solution.value))), solution.value)
+        return value, jnp.asarray(steps, jnp.int32), (limit, jnp.asarray(spent), jnp.zeros_like(limit))
 
     return LinearSolver(run, f"lineax.{type(solver).__name__}", symmetric=type(solver).__name__ == "CG")
