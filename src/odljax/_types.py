@@ -50,8 +50,8 @@ STATUS_MESSAGES: dict[Status, str] = {
         "the step budget was spent before the tolerance was met; raise max_steps, loosen tol or use a faster iteration"
     ),
     Status.STALLED: (
-        "the residual stopped falling above the tolerance: at the rounding level of this dtype (loosen tol, or solve in "
-        "float64) or, in a linear solve, because the matrix is singular or not positive definite"
+        "the residual stopped falling above the tolerance: at the rounding level of this dtype (loosen tol, or solve "
+        "in float64) or, in a linear solve, because the matrix is singular or not positive definite"
     ),
     Status.DIVERGED: "the residual grew beyond 1e6 times the scale of its start; take a smaller step size",
     Status.NON_FINITE: (

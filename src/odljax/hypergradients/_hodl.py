@@ -117,8 +117,9 @@ def hodl(
         if metric_inverse is None and operator.metric is not None:
             metric_inverse = _solve_metric(operator.metric)
     # A plain map is watched as it is applied; otherwise the residual costs an application of its own.
-    watched = base is not operator_or_iteration and operator is not None and operator.displacement is None
-    relaxed = krasnoselskii_mann(_watched(operator, num_steps) if watched else base, relaxation)
+    plain = base is not operator_or_iteration and operator is not None and operator.displacement is None
+    watched = operator if plain else None
+    relaxed = krasnoselskii_mann(base if watched is None else _watched(watched, num_steps), relaxation)
 
     def inner_residual(x: X, theta: Theta) -> Any:
         if operator is None:
@@ -132,7 +133,7 @@ def hodl(
         walk = aggregate(relaxed, loss, weight=weight, step_size=step_size, metric_inverse=metric_inverse)
         if projection is not None:
             walk = project(walk, projection)
-        record = None if watched else lambda x, theta, k: inner_residual(x, theta)
+        record = None if watched is not None else lambda x, theta, k: inner_residual(x, theta)
         solver = for_steps(walk, num_steps, record=record)
         return unrolled(solver, checkpoint_every=checkpoint_every), loss
 
@@ -152,7 +153,7 @@ def hodl(
 
         (value, solution), gradient = jax.value_and_grad(value_of, has_aux=True)(theta)
         walk, change = advance_outer(state.outer, theta)
-        history = History(solution.state if watched else solution.history.recorded, None)
+        history = History(solution.history.recorded if watched is None else solution.state, None)
         final = inner_residual(solution.x, theta)
         info = Info(value, final, None, solution.status, solution.num_steps, change, history, solution.x)
         x = keep_finite(solution.x, state.x) if warm_start else state.x
