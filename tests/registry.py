@@ -16,7 +16,21 @@ PROBLEMS = {
     "line": lambda dtype=None: odl.problems.line(dtype=dtype),
     "square_root": lambda dtype=None: odl.problems.square_root(dtype=dtype),
     "tree": lambda dtype=None: odl.problems.tree(dtype=dtype),
+    "partial": lambda dtype=None: partial(dtype),
 }
+
+
+def partial(dtype=None):
+    """Theta moves one leaf, the outer loss sees the other: tangents and cotangents reach some leaves only."""
+    start = jnp.zeros((), dtype or float)
+    return odl.problems.Problem(
+        name="partial",
+        T=lambda x, theta: {"a": 0.5 * x["a"] + theta, "b": 0.25 * x["b"] + x["a"]},
+        outer=lambda x, theta: jnp.sin(x["b"]),
+        x0={"a": start, "b": start},
+        theta=start + jnp.asarray(0.3, start.dtype),
+        solution=lambda theta: {"a": 2 * theta, "b": 8 / 3 * theta},
+    )
 
 
 def base(problem):

@@ -6,6 +6,8 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -119,6 +121,13 @@ def test_imports_point_down_only():
                 if target == own or level is None:
                     continue
                 assert level < layer_of(own), f"{relative} imports {target}, which stands above it or beside it"
+
+
+def test_the_import_brings_no_optional_package():
+    heavy = ("flax", "orbax", "matplotlib", "skimage", "sklearn", "rich", "jaxtyping", "beartype", "lineax")
+    code = f"import sys, odljax; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_custom_vjp_and_no_private_source_folder():

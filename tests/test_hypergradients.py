@@ -367,3 +367,26 @@ def test_the_adjoint_residual_is_the_truth():
         _, _, info = hyper.update(problem.theta, hyper.init(problem.theta, problem.x0))
         close(info.adjoint_residual, expected, 1e-9)
         assert odl.Status(int(info.status)) is odl.Status.COMPLETED
+
+
+def test_hodl_with_a_metric_and_an_outer_loss_that_sees_one_leaf():
+    """The gradient of the outer loss reaches z alone; the metric solve must not mind."""
+    A = 0.3 * jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)))
+    l1 = lambda v, theta, step_size: odl.prox.l1(v, theta, step_size)
+    operator = odl.operators.linearized_admm(lambda z, theta: A @ z, l1, l1, jnp.ones(3), proximal_weight=2.0)
+    hyper = odl.hypergradients.hodl(operator, lambda u, theta: jnp.sum((u.z - 1.3) ** 2), num_steps=3)
+    state = hyper.init(jnp.asarray(0.1), odl.operators.ADMMVariables(jnp.zeros(4), jnp.zeros(3), jnp.zeros(3)))
+    gradient, _, info = hyper.update(jnp.asarray(0.1), state)
+    test = odl.diagnostics.taylor_test(lambda theta: hyper.update(theta, state)[2].value, jnp.asarray(0.1), gradient)
+    assert test.relative_error < 1e-9
+    assert odl.Status(int(info.status)) is odl.Status.COMPLETED
+
+
+def test_a_metric_that_is_none_is_shown():
+    """Not positive definite: conjugate gradients fail, and so does, visibly, what is built on them."""
+    matrix = jnp.asarray([[1.0, 0.2], [0.2, -0.1]])
+    operator = odl.Operator(lambda x, theta: 0.5 * x, metric=lambda v, theta: matrix @ v)
+    hyper = odl.hypergradients.hodl(operator, lambda x, theta: jnp.sum((x - theta) ** 2), num_steps=3)
+    _, _, info = hyper.update(jnp.asarray(1.0), hyper.init(jnp.asarray(1.0), jnp.zeros(2)))
+    assert odl.Status(int(info.status)) is odl.Status.NON_FINITE
+    assert np.isnan(odl.diagnostics.expansion(operator, jnp.ones(2), 1.0).factor)

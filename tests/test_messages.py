@@ -571,12 +571,17 @@ OUT_OF_RANGE = [
 )
 def test_coefficients_out_of_range(who, name, make, values):
     # (HODL's coefficients are those of aggregate and krasnoselskii_mann, which tell.)
+    operator = who in operators.__all__
     who = "aggregate" if who == "hodl" else f"{who}|gradient|forward_backward"
     for value in values:
         with pytest.raises(ValueError, match=rf"({who}): {name} must lie in [\[(][\d.]+, [\w.]+[\])]; {value!r} came"):
             make(value)
-        with pytest.raises(ValueError, match=rf"({who}): {name} at k = 0 must lie in "):
-            make(lambda k: value + 0.0 * k.astype(float))
+        if operator:  # has no steps
+            with pytest.raises(TypeError, match=rf"({who}): {name} came as a function of \['k'\], but .* has no steps"):
+                make(lambda k: value + 0.0 * k.astype(float))
+        else:
+            with pytest.raises(ValueError, match=rf"({who}): {name} at k = 0 must lie in "):
+                make(lambda k: value + 0.0 * k.astype(float))
 
 
 def test_coefficients_of_a_wrong_kind():
@@ -642,11 +647,26 @@ def test_more_truncated_steps_than_steps():
 
 
 @rows(
-    ("no function", TypeError, r"gradient: objective must be a function; 3 came", lambda: operators.gradient(3, 0.1)),
-    ("no prox", TypeError, r"prox must be a function; None came", lambda: odl.proximal_gradient(square, None, 0.1)),
-    ("no operator", TypeError, r"as_operator: T must be a function; 'T' came", lambda: operators.as_operator("T")),
-    ("no T", TypeError, r"T must be a function; 1\.0 came", lambda: odl.fixed_point(1.0)),
-    ("apply", TypeError, r"operator: apply must be a function; 1 came", lambda: operators.Operator(1)),
+    (
+        "no function",
+        TypeError,
+        r"gradient: objective must be .*\(x, theta\); 3 came",
+        lambda: operators.gradient(3, 0.1),
+    ),
+    (
+        "no prox",
+        TypeError,
+        r"prox must be .*step_size\); None came",
+        lambda: odl.proximal_gradient(square, None, 0.1),
+    ),
+    (
+        "no operator",
+        TypeError,
+        r"as_operator: T must be .*\(x, theta\); 'T' came",
+        lambda: operators.as_operator("T"),
+    ),
+    ("no T", TypeError, r"T must be a function of \(.*\); 1\.0 came", lambda: odl.fixed_point(1.0)),
+    ("apply", TypeError, r"operator: apply must be a function of \(.*\); 1 came", lambda: operators.Operator(1)),
     ("projection", TypeError, r"project: projection must be a function", lambda: odl.project(LINE, 1.0)),
     ("outer", TypeError, r"aggregate: outer must be a function", lambda: odl.aggregate(LINE, 1.0, step_size=0.1)),
     ("nothing composed", TypeError, r"compose: needs at least one operator; none came", operators.compose),

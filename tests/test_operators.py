@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
+import odljax as odl
 from odljax import operators, prox
 from odljax.operators import ADMMVariables, Operator
 from odljax.operators._operator import displacement
@@ -77,7 +78,8 @@ def test_gradient_against_the_formula():
     assert (T.symmetric, T.metric, T.name) == (True, None, "gradient")
     of_theta = operators.gradient(least_squares, step_size=lambda theta: 0.1 * theta)
     np.testing.assert_allclose(of_theta(jnp.asarray(x), 0.4), x - 0.04 * slope(x, 0.4), rtol=0, atol=1e-14)
-    scheduled = operators.gradient(least_squares, step_size=lambda k: 0.05 / (k.astype(float) + 1))  # the step of k = 0
+    # That of an iteration with a schedule takes the step of k = 0.
+    scheduled = odl.gradient_descent(least_squares, step_size=lambda k: 0.05 / (k.astype(float) + 1)).operator
     np.testing.assert_allclose(scheduled(jnp.asarray(x), 0.4), x - 0.05 * slope(x, 0.4), rtol=0, atol=1e-14)
 
 

@@ -66,11 +66,21 @@ def test_for_steps_statuses():
 def test_for_steps_without_operator():
     walk = odl.iterations.Iteration(lambda x, theta: (), lambda x, s, theta, k: (theta * x, s), None, "walk")
     solve = jax.jit(lambda theta: odl.for_steps(walk, 30, history=True)(1.0, theta))
-    fine, bad = solve(0.5), solve(2.0)
+    fine, bad = solve(0.5), solve(1e30)
     assert fine.residual is None
     assert fine.relative_residual is None
     assert fine.history.residual is None
-    assert (status(fine), status(bad)) == (Status.COMPLETED, Status.DIVERGED)
+    assert (status(fine), status(bad)) == (Status.COMPLETED, Status.NON_FINITE)
+    # Growth is nothing to complain of where there is no fixed point to approach.
+    assert status(solve(2.0)) is Status.COMPLETED
+
+
+def test_for_steps_judges_divergence_by_the_first_residual():
+    """A contraction in large units is no divergence, whatever its residuals."""
+    walk = odl.fixed_point(lambda x, theta: x + 0.1 * (theta - x))
+    solution = odl.for_steps(walk, 10)(0.0, 1e8)
+    assert float(solution.residual) > 1e6
+    assert status(solution) is Status.COMPLETED
 
 
 # ---- until_converged: when it stops ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import numbers
@@ -14,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from . import _tree
 from ._types import Coefficient, Step
@@ -119,9 +118,18 @@ def differentiable(who: str, theta: Any) -> None:
             )
 
 
-def is_callable(who: str, name: str, value: Any) -> None:
+def is_callable(who: str, name: str, value: Any, arguments: str = "") -> None:
+    """Refuses what cannot be called, or not with the positional arguments of the convention, such as ``"x, theta"``."""
+    convention = f"a function of ({arguments})" if arguments else "a function"
     if not callable(value):
-        raise TypeError(f"{who}: {name} must be a function; {value!r} came.")
+        raise TypeError(f"{who}: {name} must be {convention}; {value!r} came.")
+    if arguments:
+        try:
+            inspect.signature(value).bind(*arguments.split(", "))
+        except TypeError:
+            raise TypeError(f"{who}: {name} must be {convention}; it takes {inspect.signature(value)}.") from None
+        except ValueError:  # no signature to be had: trust it
+            pass
 
 
 def is_a(who: str, name: str, value: Any, kind: type, hint: str) -> None:
@@ -181,12 +189,7 @@ def coefficient(
         if np.shape(constant) != ():
             raise ValueError(f"{who}: {name} must be a scalar; {describe(constant)} came.")
         return lambda theta, k: constant
-    parameters = [
-        p
-        for p in inspect.signature(value).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    names = [p.name for p in parameters]
+    names = _required_arguments(value)
     if len(names) == 2:
         call = value
     elif names == ["theta"]:
@@ -210,13 +213,36 @@ def coefficient(
     return checked
 
 
-# An identity whose transpose raises: the one way to refuse reverse mode in our own words and keep forward mode.
-_forward_only = Primitive("odljax_forward_only")
-_forward_only.def_impl(lambda x, *, message: x)
-_forward_only.def_abstract_eval(lambda x, *, message: x)
-mlir.register_lowering(_forward_only, lambda ctx, x, *, message: [x])
-batching.defvectorized(_forward_only)
-ad.deflinear2(_forward_only, lambda cotangent, x, *, message: _refuse(message))
+def _required_arguments(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind in positional]
+
+
+def coefficient_of_theta(who: str, name: str, value: Coefficient, **interval: Any) -> Callable[[Any], Any]:
+    """The coefficient of an operator, which has no steps: a number, or a function whose one argument is theta."""
+    if callable(value) and (names := _required_arguments(value)) != ["theta"]:
+        raise TypeError(
+            f"{who}: {name} came as a function of {names}, but an operator has no steps: pass a number, or a function "
+            f"whose one argument is named theta. Schedules of k belong to iterations."
+        )
+    function = coefficient(who, name, value, **interval)
+    return lambda theta: function(theta, jnp.zeros((), int))
+
+
+@functools.cache
+def _forward_only() -> Any:
+    """An identity whose transpose raises: the one way to refuse reverse mode in our own words and keep forward mode."""
+    from jax.extend.core import Primitive  # costs 30 ms, so not on import
+    from jax.interpreters import ad, batching, mlir
+
+    identity = Primitive("odljax_forward_only")
+    identity.def_impl(lambda x, *, message: x)
+    identity.def_abstract_eval(lambda x, *, message: x)
+    mlir.register_lowering(identity, lambda ctx, x, *, message: [x])
+    batching.defvectorized(identity)
+    ad.deflinear2(identity, lambda cotangent, x, *, message: _refuse(message))
+    return identity
 
 
 def _refuse(message: str) -> Any:
@@ -225,4 +251,4 @@ def _refuse(message: str) -> Any:
 
 def forward_only(x: T, message: str) -> T:
     """``x``, differentiable by forward mode only; reverse mode raises a TypeError with the message."""
-    return jax.tree.map(lambda leaf: _forward_only.bind(leaf, message=message), x)
+    return jax.tree.map(lambda leaf: _forward_only().bind(leaf, message=message), x)

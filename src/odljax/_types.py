@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, PyTree
+
+# The import of jaxtyping is a tenth of ours, and annotations are checked only where somebody has loaded it to that end.
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from jaxtyping import Float, Int, PyTree
+else:
+
+    class _Unchecked:
+        def __class_getitem__(cls, item: Any) -> Any:
+            return Any
+
+    Float = Int = PyTree = _Unchecked
 
 X = TypeVar("X")
 """The inner variable: a pytree of floating-point arrays."""

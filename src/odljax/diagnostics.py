@@ -13,8 +13,8 @@ from jax import Array
 from . import _tree
 from ._checks import as_inner, count
 from ._types import Theta, X
-from .linear import cg
 from .operators import Operator, as_operator
+from .operators._operator import inverse_metric
 
 __all__ = ["Expansion", "TaylorTest", "expansion", "taylor_test"]
 
@@ -81,10 +81,10 @@ def expansion(
     def metric(v: X) -> X:
         return v if operator.metric is None else operator.metric(v, theta)
 
+    solve_metric = inverse_metric(operator)
+
     def inverse(v: X) -> X:
-        if operator.metric is None:
-            return v
-        return operator.metric_inverse(v, theta) if operator.metric_inverse is not None else cg()(metric, v)[0]
+        return v if solve_metric is None else solve_metric(v, theta)
 
     def normalised(v: X) -> X:
         size = jnp.sqrt(_tree.vdot(v, metric(v)))

@@ -80,6 +80,15 @@ class LinearSolver:
         return v, LinearInfo(residual, num_steps, status)
 
 
+def differentiable(matvec: MatVec, b: Any, solve: Callable[[MatVec, Any], Any], *, symmetric: bool) -> Any:
+    """``solve(matvec, b)`` with the derivatives of a linear system, whichever leaves a tangent or cotangent reaches.
+
+    The barriers make symbolic zeros real: ``custom_linear_solve`` wants all leaves of b and v, or none.
+    """
+    b = jax.lax.optimization_barrier(b)
+    return jax.lax.optimization_barrier(jax.lax.custom_linear_solve(matvec, b, solve, solve, symmetric=symmetric))
+
+
 def _tolerance(who: str, tol: Scalar | None) -> Callable[[Any], Array]:
     """The tolerance in the accumulation dtype of b; by default 1e-12 in float64 and 1e-6 in float32."""
     if tol is not None:

@@ -65,7 +65,7 @@ class Hypergradient(Generic[X, Theta]):
 
     init: Callable[[Theta, X], State]
     update: Callable[..., tuple[Theta, State, Info]]
-    name: str
+    name: str = "hypergradient"
 
 
 class Outer(NamedTuple):

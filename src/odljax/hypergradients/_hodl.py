@@ -14,9 +14,8 @@ from .._types import Coefficient, State, Step, Theta, X
 from ..derivatives import unrolled
 from ..iterations import Iteration, aggregate, krasnoselskii_mann, project
 from ..iterations._iteration import as_iteration
-from ..linear import cg
 from ..operators import Operator
-from ..operators._operator import residual
+from ..operators._operator import inverse_metric, residual
 from ..solvers import History, for_steps
 from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, start_outer
 
@@ -112,10 +111,12 @@ def hodl(
     is_callable(who, "outer", outer)
     num_steps = count(who, "num_steps", num_steps)
     operator = base.operator
-    if metric_inverse is None and operator is not None:
-        metric_inverse = operator.metric_inverse
-        if metric_inverse is None and operator.metric is not None:
-            metric_inverse = _solve_metric(operator.metric)
+    if metric_inverse is not None:
+        is_callable(who, "metric_inverse", metric_inverse, "v, theta")
+    elif operator is not None:
+        metric_inverse = inverse_metric(operator)
+    if projection is not None:
+        is_callable(who, "projection", projection, "x, theta")
     # A plain map is watched as it is applied; otherwise the residual costs an application of its own.
     plain = base is not operator_or_iteration and operator is not None and operator.displacement is None
     watched = operator if plain else None
@@ -174,15 +175,3 @@ def _watched(operator: Operator[X, Theta], num_steps: int) -> Iteration[X, Theta
         return target, state.at[k].set(size)
 
     return Iteration(init, step, operator, f"fixed_point({operator.name})")
-
-
-def _solve_metric(metric: Callable[[X, Theta], X]) -> Callable[[X, Theta], X]:
-    """The inverse of a metric by conjugate gradients, differentiable in both modes."""
-
-    def inverse(v: X, theta: Theta) -> X:
-        def solve(matvec: Any, b: Any) -> Any:
-            return cg()(matvec, b)[0]
-
-        return jax.lax.custom_linear_solve(lambda v: metric(v, theta), v, solve, solve, symmetric=True)
-
-    return inverse

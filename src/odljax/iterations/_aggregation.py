@@ -57,7 +57,9 @@ def aggregate(
         1.0
     """
     iteration = as_iteration(iteration)
-    is_callable("aggregate", "outer", outer)
+    is_callable("aggregate", "outer", outer, "x, theta")
+    if metric_inverse is not None:
+        is_callable("aggregate", "metric_inverse", metric_inverse, "v, theta")
     mu = coefficient("aggregate", "weight", weight, high=1.0, closed=True)
     s = coefficient("aggregate", "step_size", step_size, closed=True)
     name = f"aggregate({iteration.name})"

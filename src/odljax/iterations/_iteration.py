@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Generic
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from .. import _tree
@@ -117,14 +118,19 @@ def gradient_descent(objective: Objective, step_size: Coefficient) -> Iteration:
         >>> round(float(jax.grad(lambda theta: solver(0.0, theta).x)(3.0)), 4)
         1.0
     """
-    operator = gradient(objective, step_size)
     step_at = coefficient("gradient_descent", "step_size", step_size)
+    operator = gradient(objective, _first(step_at))
 
     def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
         _, slope = value_and_gradient("gradient_descent", objective, x, theta)
         return _tree.subtract(x, _tree.scale(step_at(theta, k), slope)), state
 
     return Iteration(stateless, step, operator, "gradient_descent")
+
+
+def _first(coefficient: Callable[[Any, Step], Any]) -> Callable[[Any], Any]:
+    """The coefficient of the operator, which has no steps: that of k = 0."""
+    return lambda theta: coefficient(theta, jnp.zeros((), int))
 
 
 def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) -> Iteration:
@@ -154,8 +160,8 @@ def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) 
         >>> float(odl.for_steps(lasso, 3)(0.0, 1.0).x)
         2.0
     """
-    operator = forward_backward(objective, prox, step_size)
     step_at = coefficient("proximal_gradient", "step_size", step_size)
+    operator = forward_backward(objective, prox, _first(step_at))
 
     def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
         _, backward, _ = forward_backward_step(objective, prox, x, theta, step_at(theta, k))
@@ -167,7 +173,8 @@ def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) 
 def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Iteration:
     r"""Returns the iteration of any optax optimiser on f.
 
-    When: Adam, L-BFGS, a schedule, clipping or a line search in the inner problem. The operator is the unit gradient
+    When: Adam, L-BFGS, a schedule, clipping or a line search in the inner problem. Line searches, and so L-BFGS, loop
+    inside optax and have no reverse mode: use ``implicit``. The operator is the unit gradient
     step :math:`x - \nabla_x f`: the same stationary points, so the implicit derivative does not depend on ``tx``.
 
     Args:
@@ -187,8 +194,9 @@ def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Iterat
         >>> round(float(odl.for_steps(adam, 200)(0.0, 1.0).x), 2)
         1.0
     """
-    is_callable("from_optax", "objective", objective)
-    is_a("from_optax", "tx", tx, optax.GradientTransformation, "Build one with optax, for instance optax.adam(1e-2).")
+    is_callable("from_optax", "objective", objective, "x, theta")
+    hint = "Build one with optax, for instance optax.adam(1e-2); of MultiSteps take .gradient_transformation()."
+    is_a("from_optax", "tx", tx, optax.GradientTransformation, hint)
     extended = optax.with_extra_args_support(tx)
 
     def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:

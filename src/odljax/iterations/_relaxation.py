@@ -81,7 +81,7 @@ def project(
         1.0
     """
     iteration = as_iteration(iteration)
-    is_callable("project", "projection", projection)
+    is_callable("project", "projection", projection, "x, theta")
     operator = iteration.operator
     if operator is not None:
         projector = Operator(projection, name="project")

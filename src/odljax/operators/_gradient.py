@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from .. import _tree
-from .._checks import coefficient, is_callable, same_as, scalar
+from .._checks import coefficient_of_theta, is_callable, same_as, scalar
 from .._types import Coefficient, Scalar
-from ._operator import Operator, first_step
+from ._operator import Operator
 
 Objective = Callable[[Any, Any], Any]
 Prox = Callable[[Any, Any, Any], Any]
@@ -49,15 +49,15 @@ def gradient(objective: Objective, step_size: Coefficient) -> Operator:
         >>> float(T(0.0, 2.0))
         1.0
     """
-    is_callable("gradient", "objective", objective)
-    step = coefficient("gradient", "step_size", step_size)
+    is_callable("gradient", "objective", objective, "x, theta")
+    step = coefficient_of_theta("gradient", "step_size", step_size)
 
     def apply(x: Any, theta: Any) -> Any:
         return _tree.subtract(x, displacement(x, theta))
 
     def displacement(x: Any, theta: Any) -> Any:
         _, slope = value_and_gradient("gradient", objective, x, theta)
-        return _tree.scale(step(theta, first_step()), slope)
+        return _tree.scale(step(theta), slope)
 
     return Operator(apply, displacement, symmetric=True, name="gradient")
 
@@ -91,12 +91,12 @@ def forward_backward(objective: Objective, prox: Prox, step_size: Coefficient) -
         >>> float(T(0.0, 1.0))
         2.0
     """
-    is_callable("forward_backward", "objective", objective)
-    is_callable("forward_backward", "prox", prox)
-    step = coefficient("forward_backward", "step_size", step_size)
+    is_callable("forward_backward", "objective", objective, "x, theta")
+    is_callable("forward_backward", "prox", prox, "v, theta, step_size")
+    step = coefficient_of_theta("forward_backward", "step_size", step_size)
 
     def pieces(x: Any, theta: Any) -> tuple[Any, Any, Any]:
-        return forward_backward_step(objective, prox, x, theta, step(theta, first_step()))
+        return forward_backward_step(objective, prox, x, theta, step(theta))
 
     def displacement(x: Any, theta: Any) -> Any:
         # (p - prox p) + (x - p): where the prox is the identity the first bracket vanishes exactly and no digit of the

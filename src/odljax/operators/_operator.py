@@ -8,9 +8,9 @@ from typing import Generic
 import jax.numpy as jnp
 from jax import Array
 
-from .. import _tree
-from .._checks import as_inner, coefficient, is_callable, record, same_as
-from .._types import Coefficient, Step, Theta, X
+from .. import _tree, linear
+from .._checks import as_inner, coefficient_of_theta, is_callable, record, same_as
+from .._types import Coefficient, Status, Theta, X
 
 
 @record
@@ -47,7 +47,7 @@ class Operator(Generic[X, Theta]):
     name: str = "operator"
 
     def __post_init__(self) -> None:
-        is_callable(self.name, "apply", self.apply)
+        is_callable(self.name, "apply", self.apply, "x, theta")
 
     def __call__(self, x: X, theta: Theta) -> X:
         x = as_inner(self.name, "x", x)
@@ -77,7 +77,7 @@ def as_operator(T: Operator[X, Theta] | Callable[[X, Theta], X]) -> Operator[X, 
     """
     if isinstance(T, Operator):
         return T
-    is_callable("as_operator", "T", T)
+    is_callable("as_operator", "T", T, "x, theta")
     return Operator(T, name=getattr(T, "__name__", type(T).__name__))
 
 
@@ -108,24 +108,19 @@ def averaged(
         0.0
     """
     operator = as_operator(operator)
-    relax = coefficient("averaged", "relaxation", relaxation, high=2.0)
+    relax = coefficient_of_theta("averaged", "relaxation", relaxation, high=2.0)
 
     def step_back(x: X, theta: Theta) -> X:
-        return _tree.scale(relax(theta, first_step()), displacement(operator, x, theta))
+        return _tree.scale(relax(theta), displacement(operator, x, theta))
 
     return Operator(
-        apply=lambda x, theta: _tree.interpolate(x, operator(x, theta), relax(theta, first_step())),
+        apply=lambda x, theta: _tree.interpolate(x, operator(x, theta), relax(theta)),
         displacement=step_back,
         metric=operator.metric,
         metric_inverse=operator.metric_inverse,
         symmetric=operator.symmetric,
         name=f"averaged({operator.name})",
     )
-
-
-def first_step() -> Step:
-    """k = 0: an operator has no steps, and its coefficients are those of the first."""
-    return jnp.zeros((), jnp.int32)
 
 
 def compose(
@@ -172,3 +167,19 @@ def compose(
 def residual(operator: Operator[X, Theta], x: X, theta: Theta) -> Array:
     """``||x - T(x, theta)||``, in the Euclidean norm over all leaves."""
     return jnp.asarray(_tree.norm(displacement(operator, x, theta)))
+
+
+def inverse_metric(operator: Operator[X, Theta]) -> Callable[[X, Theta], X] | None:
+    """``(v, theta) -> G^-1 v``: that of the operator, else by conjugate gradients; None for the identity.
+
+    A metric that is not positive definite gives NaN, which every status shows.
+    """
+    metric = operator.metric
+    if operator.metric_inverse is not None or metric is None:
+        return operator.metric_inverse
+
+    def solve(matvec: Callable[[X], X], b: X) -> X:
+        v, info = linear.cg()(matvec, b)
+        return _tree.scale(jnp.where(info.status < Status.STEP_BUDGET_SPENT, 1.0, jnp.nan), v)
+
+    return lambda v, theta: linear.differentiable(lambda v: metric(v, theta), v, solve, symmetric=True)

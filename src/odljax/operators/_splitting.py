@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from .. import _tree
-from .._checks import coefficient, is_callable, same_as
+from .._checks import coefficient_of_theta, is_callable, same_as
 from .._types import Coefficient, Scalar, Theta
-from ._operator import Operator, first_step
+from ._operator import Operator
 
 
 class ADMMVariables(NamedTuple):
@@ -73,9 +75,14 @@ def linearized_admm(
         [0.38, 0.14, -0.1]
     """
     who = "linearized_admm"
-    for name, function in {"linear": linear, "prox_z": prox_z, "prox_e": prox_e}.items():
-        is_callable(who, name, function)
-    beta_of = coefficient(who, "penalty", penalty)
+    is_callable(who, "linear", linear, "z, theta")
+    is_callable(who, "prox_z", prox_z, "v, theta, step_size")
+    is_callable(who, "prox_e", prox_e, "v, theta, step_size")
+    if callable(proximal_weight):
+        is_callable(who, "proximal_weight", proximal_weight, "theta")
+    elif not isinstance(proximal_weight, Tracer) and not np.all(np.asarray(proximal_weight) > 0):
+        raise ValueError(f"{who}: proximal_weight must be positive; {proximal_weight!r} came.")
+    beta_of = coefficient_of_theta(who, "penalty", penalty)
 
     def given(value: Any, theta: Theta) -> Any:
         return value(theta) if callable(value) else value
@@ -85,7 +92,7 @@ def linearized_admm(
 
     def apply(u: ADMMVariables, theta: Theta) -> ADMMVariables:
         z, e, y = u
-        beta, r, b = beta_of(theta, first_step()), given(proximal_weight, theta), given(observation, theta)
+        beta, r, b = beta_of(theta), given(proximal_weight, theta), given(observation, theta)
         fitted, transpose = jax.vjp(lambda z: image(z, e, theta), z)
         violation = _tree.subtract(_tree.add(fitted, e), b)
         (slope,) = transpose(_tree.add(y, _tree.scale(beta, violation)))
@@ -96,7 +103,7 @@ def linearized_admm(
         return type(u)(z, e, _tree.add_scaled(y, beta, _tree.subtract(e, rest)))
 
     def metric(v: ADMMVariables, theta: Theta) -> ADMMVariables:
-        beta, r = beta_of(theta, first_step()), given(proximal_weight, theta)
+        beta, r = beta_of(theta), given(proximal_weight, theta)
         fitted, transpose = jax.vjp(lambda z: linear(z, theta), v.z)
         (normal,) = transpose(_tree.scale(beta, fitted))
         z = jax.tree.map(lambda a, n: _as(r, a) * a - n, v.z, normal)

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
 
+from odljax._types import Float, PyTree
 from odljax.prox._leafwise import fit, flatten, norm, widest
 
 

@@ -1,9 +1,10 @@
 """Operators that couple the entries of a group."""
 
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
 
+from odljax._types import Float, PyTree
 from odljax.prox._leafwise import leafwise, norm
 
 

@@ -7,8 +7,10 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Array, PyTree
+
+from odljax._types import PyTree
 
 ARRAYS = get_args(ArrayLike)  # as a tuple: a tracer is an instance of a member, not of the union
 STATIC = int | float | np.generic | np.ndarray  # values that are known without asking a device

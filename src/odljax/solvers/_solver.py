@@ -37,10 +37,14 @@ class History(NamedTuple):
 class Solution(NamedTuple):
     """What a solver returns; every field is an array or a pytree of arrays, one per element under ``vmap``.
 
+    Counts, residuals and status carry no derivative; x does, and so do recorded rows and state where the steps
+    themselves are differentiated.
+
     Attributes:
-        x: the last iterate; the only field that carries the solver's derivative.
+        x: the last iterate.
         num_steps: steps taken.
         residual: ``||x - T(x, theta)||`` at the x that is returned; None where the iteration has no operator.
+        relative_residual: the same divided by ``||x||``; the residual itself where x is zero.
         status: a code of ``odl.Status``; ``odl.check`` raises on the bad ones.
         history: rows recorded on the way, or None.
         state: the iteration's last state.
@@ -49,17 +53,10 @@ class Solution(NamedTuple):
     x: Any
     num_steps: Array
     residual: Array | None
+    relative_residual: Array | None
     status: Array
     history: History | None
     state: Any
-
-    @property
-    def relative_residual(self) -> Array | None:
-        """``residual / ||x||``, and the residual itself where x is zero (unbatched solutions)."""
-        if self.residual is None:
-            return None
-        size = _tree.norm(self.x)
-        return self.residual / jnp.where(size > 0, size, jnp.ones_like(size)).astype(self.residual.dtype)
 
 
 @record
@@ -128,14 +125,16 @@ def for_steps(
         record: ``(x, theta, k) -> pytree``, recorded at each iterate; implies history.
 
     Returns:
-        A solver. Its status is COMPLETED, or DIVERGED (residual beyond 1e6 max(1, \|x0\|)) or NON_FINITE.
+        A solver. Its status is COMPLETED, or DIVERGED (residual beyond 1e6 times the largest of the first residual,
+        \|x0\| and 1; not where there is no operator) or NON_FINITE.
 
     Raises:
         TypeError: iteration is none (wrap a function in ``fixed_point``); at trace time, a step that changes structure,
             shape or dtype.
         ValueError: a step count below 1; at trace time, more steps than untied layers.
 
-    Cost: num_steps steps and one application of the operator for the final residual.
+    Cost: num_steps steps, and one application of the operator each for first and last residual where they are looked
+    at.
 
     Example:
         >>> import odljax as odl
@@ -265,6 +264,10 @@ def check(solution: Any, *, name: str = "solver") -> Any:
         Traceback (most recent call last):
         RuntimeError: solver: DIVERGED: the residual grew beyond 1e6 times the scale of its start; ...
     """
+    if not hasattr(solution, "status"):
+        raise TypeError(
+            f"check: needs a Solution, an Info or anything with a status; a {type(solution).__name__} came."
+        )
     if isinstance(solution.status, Tracer):
         raise TypeError("check: the status is traced; return the solution and check it outside the compiled function.")
     codes = np.atleast_1d(np.asarray(solution.status))
@@ -333,13 +336,21 @@ def finish(
     iteration: Iteration, x0: Any, x: Any, state: State, theta: Any, num_steps: int, rows: History | None
 ) -> Solution:
     """The solution of a fixed number of steps."""
-    final = _residual(iteration, x, theta)
-    scale = jnp.maximum(1.0, _tree.norm(jax.lax.stop_gradient(x0)))
-    measure = _tree.norm(jax.lax.stop_gradient(x)) if final is None else final
-    finite = _tree.all_finite(x) & jnp.isfinite(measure)
-    status = jnp.where(measure > _DIVERGENCE * scale, _code(Status.DIVERGED), _code(Status.COMPLETED))
+    first, final = _residual(iteration, x0, theta), _residual(iteration, x, theta)
+    finite, status = _tree.all_finite(x), _code(Status.COMPLETED)
+    if first is not None and final is not None:
+        scale = jnp.maximum(jnp.maximum(1.0, _tree.norm(jax.lax.stop_gradient(x0))), first)
+        status = jnp.where(final > _DIVERGENCE * scale, _code(Status.DIVERGED), status)
+        finite = finite & jnp.isfinite(final)
     status = jnp.where(finite, status, _code(Status.NON_FINITE))
-    return Solution(x, jnp.asarray(num_steps, int), final, status, rows, state)
+    return Solution(x, jnp.asarray(num_steps, int), final, _relative(final, x), status, rows, state)
+
+
+def _relative(size: Array | None, x: Any) -> Array | None:
+    if size is None:
+        return None
+    of_x = _tree.norm(jax.lax.stop_gradient(x))
+    return size / jnp.where(of_x > 0, of_x, jnp.ones_like(of_x))
 
 
 def _code(status: int) -> Array:
@@ -421,7 +432,15 @@ def stopping_finish(carry: Progress, rows: History | None) -> Solution:
         used = jnp.arange(len(column)) < carry.k
         return jnp.where(jnp.expand_dims(used, tuple(range(1, column.ndim))), column, jnp.full_like(column, filler))
 
-    return Solution(carry.x, carry.k, carry.residual, carry.status, jax.tree.map(blank, rows), carry.state)
+    return Solution(
+        carry.x,
+        carry.k,
+        carry.residual,
+        _relative(carry.residual, carry.x),
+        carry.status,
+        jax.tree.map(blank, rows),
+        carry.state,
+    )
 
 
 def _lowest_dtype(x: Any) -> np.dtype:
