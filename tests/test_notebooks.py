@@ -16,7 +16,8 @@ def sources(notebook):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # the kernel's own libraries
-def test_notebook_runs(path):
+def test_notebook_runs(path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND")  # the kernel chooses its own, and shows its figures
     notebook = nbformat.read(path, as_version=4)
     assert sources(notebook) == sources(jupytext.read(path.with_suffix(".py")))
     kept = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -235,6 +235,7 @@ def test_an_interrupt_without_a_directory_returns_the_state_and_says_so(capsys):
     assert np.isfinite(trained.state["theta"]["w"]).all()
 
 
+@pytest.mark.usefixtures("optimised")  # as the process that it interrupts is
 def test_a_real_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_bits(tmp_path):
     process = subprocess.Popen(
         [sys.executable, __file__, str(tmp_path)],
