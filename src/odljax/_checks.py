@@ -148,10 +148,8 @@ def count(who: str, name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def number(
-    who: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, closed: bool = False, top: bool = False
-) -> Any:
-    """A number between ``low`` (included if ``closed``) and ``high`` (included if ``top``); a traced one passes."""
+def number(who: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, closed: bool = False) -> Any:
+    """A number between ``low``, included if ``closed``, and ``high``, which is not; a traced one passes."""
     if isinstance(value, Tracer):
         return value
     try:
@@ -159,9 +157,8 @@ def number(
     except (TypeError, ValueError):
         raise TypeError(f"{who}: {name} must be a number; {value!r} came.") from None
     above = numeric >= low if closed else numeric > low
-    below = numeric <= high if top else numeric < high
-    if not (above and below):
-        interval = f"{'[' if closed else '('}{low:g}, {high:g}{']' if top else ')'}"
+    if not (above and numeric < high):
+        interval = f"{'[' if closed else '('}{low:g}, {high:g})"
         raise ValueError(f"{who}: {name} must lie in {interval}; {value!r} came.")
     return value
 
@@ -176,7 +173,6 @@ def coefficient(
     low: float = 0.0,
     high: float = math.inf,
     closed: bool = False,
-    top: bool = False,
 ) -> Callable[[Any, Step], Any]:
     """The coefficient as a function of ``(theta, k)``.
 
@@ -185,7 +181,7 @@ def coefficient(
     another name is refused, because guessing could be silently wrong.
     """
     if not callable(value):
-        constant = number(who, name, value, low, high, closed, top)
+        constant = number(who, name, value, low, high, closed)
         if np.shape(constant) != ():
             raise ValueError(f"{who}: {name} must be a scalar; {describe(constant)} came.")
         return lambda theta, k: constant
@@ -197,7 +193,7 @@ def coefficient(
     elif len(names) == 1 and names[0] in _SCHEDULE_NAMES:
         call = lambda theta, k: value(k)  # noqa: E731
         with jax.ensure_compile_time_eval():
-            number(who, f"{name} at k = 0", value(jnp.zeros((), int)), low, high, closed, top)
+            number(who, f"{name} at k = 0", value(jnp.zeros((), int)), low, high, closed)
     else:
         raise TypeError(
             f"{who}: {name} came as a function of {names}; name its one argument theta (the hyper-variable) or k (the "

@@ -100,11 +100,8 @@ def expansion(
         factor = jnp.sqrt(jnp.maximum(_tree.vdot(stretched, weighted), 0.0))
         return (normalised(inverse(pull(weighted)[0])), factor, jnp.abs(factor - old)), None
 
-    leaves, structure = jax.tree.flatten(x)
-    keys = jax.random.split(key, len(leaves))
-    noise = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
     zero = jnp.zeros((), _tree.accumulation_dtype(x))
-    start = (normalised(jax.tree.unflatten(structure, noise)), zero, zero)
+    start = (normalised(_random_like(key, x)), zero, zero)
     (v, factor, change), _ = jax.lax.scan(step, start, None, length=num_steps)
     return Expansion(factor, change / jnp.where(factor > 0, factor, jnp.ones_like(factor)), v)
 
@@ -162,10 +159,7 @@ def taylor_test(
     theta = as_inner("taylor_test", "theta", theta)
     gradient = jax.grad(function)(theta) if gradient is None else gradient
     key = jax.random.key(0) if key is None else key
-    leaves, structure = jax.tree.flatten(theta)
-    keys = jax.random.split(key, len(leaves))
-    noise = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    direction = jax.tree.unflatten(structure, noise)
+    direction = _random_like(key, theta)
     direction = _tree.scale(1 / _tree.norm(direction), direction)
     eps = float(jnp.finfo(_tree.accumulation_dtype(theta)).eps)
     scale = max(1.0, float(_tree.norm(theta)))
@@ -187,3 +181,11 @@ def taylor_test(
     difference = float(central[best])
     error = abs(difference - directional) / max(abs(difference), abs(directional), eps)
     return TaylorTest(slope, difference, directional, error, steps, remainders)
+
+
+def _random_like(key: Array, x: X) -> X:
+    """Standard normal numbers in the structure of x."""
+    leaves, structure = jax.tree.flatten(x)
+    keys = jax.random.split(key, len(leaves))
+    noise = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, noise)

@@ -80,7 +80,7 @@ class LinearSolver:
         return v, LinearInfo(residual, num_steps, status)
 
 
-def differentiable(matvec: MatVec, b: Any, solve: Callable[[MatVec, Any], Any], *, symmetric: bool) -> Any:
+def differentiable_solve(matvec: MatVec, b: Any, solve: Callable[[MatVec, Any], Any], *, symmetric: bool) -> Any:
     """``solve(matvec, b)`` with the derivatives of a linear system, whichever leaves a tangent or cotangent reaches.
 
     The barriers make symbolic zeros real: ``custom_linear_solve`` wants all leaves of b and v, or none.

@@ -14,7 +14,7 @@ import numpy as np
 from .. import _tree
 from .._checks import is_a
 from .._types import STATUS_MESSAGES, Status, Theta, X
-from ..linear import LinearInfo, LinearSolver, cg, differentiable, gmres, identity
+from ..linear import LinearInfo, LinearSolver, cg, differentiable_solve, gmres, identity
 from ..operators import Operator
 from ..operators._operator import displacement
 from ..solvers import Adjoint, Solution, Solver
@@ -132,7 +132,7 @@ def _attach(operator: Operator, linear_solver: LinearSolver, warn: bool, x: Any,
         return v
 
     def solve_transposable(matvec: Any, b: Any) -> Any:
-        return differentiable(matvec, b, solve, symmetric=linear_solver.symmetric)
+        return differentiable_solve(matvec, b, solve, symmetric=linear_solver.symmetric)
 
     return _root(function, solve_transposable, x, theta, captured)
 

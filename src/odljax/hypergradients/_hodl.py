@@ -15,8 +15,9 @@ from ..derivatives import unrolled
 from ..iterations import Iteration, aggregate, krasnoselskii_mann, project
 from ..iterations._iteration import as_iteration
 from ..operators import Operator
-from ..operators._operator import inverse_metric, residual
+from ..operators._operator import inverse_metric
 from ..solvers import History, for_steps
+from ..solvers._solver import residual_at
 from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, start_outer
 
 
@@ -122,11 +123,6 @@ def hodl(
     watched = operator if plain else None
     relaxed = krasnoselskii_mann(base if watched is None else _watched(watched, num_steps), relaxation)
 
-    def inner_residual(x: X, theta: Theta) -> Any:
-        if operator is None:
-            return None
-        return jax.lax.stop_gradient(residual(operator, *jax.lax.stop_gradient((x, theta))))
-
     def compose(data: tuple[Any, ...]) -> Any:
         def loss(x: X, theta: Theta) -> Any:
             return scalar(who, "the outer loss", outer(x, theta, *data))
@@ -134,7 +130,7 @@ def hodl(
         walk = aggregate(relaxed, loss, weight=weight, step_size=step_size, metric_inverse=metric_inverse)
         if projection is not None:
             walk = project(walk, projection)
-        record = None if watched is not None else lambda x, theta, k: inner_residual(x, theta)
+        record = None if watched is not None else lambda x, theta, k: residual_at(base, x, theta)
         solver = for_steps(walk, num_steps, record=record)
         return unrolled(solver, checkpoint_every=checkpoint_every), loss
 
@@ -155,7 +151,7 @@ def hodl(
         (value, solution), gradient = jax.value_and_grad(value_of, has_aux=True)(theta)
         walk, change = advance_outer(state.outer, theta)
         history = History(solution.history.recorded if watched is None else solution.state, None)
-        final = inner_residual(solution.x, theta)
+        final = residual_at(base, solution.x, theta)
         info = Info(value, final, None, solution.status, solution.num_steps, change, history, solution.x)
         x = keep_finite(solution.x, state.x) if warm_start else state.x
         return gradient, HODLState(x, walk), info

@@ -182,4 +182,4 @@ def inverse_metric(operator: Operator[X, Theta]) -> Callable[[X, Theta], X] | No
         v, info = linear.cg()(matvec, b)
         return _tree.scale(jnp.where(info.status < Status.STEP_BUDGET_SPENT, 1.0, jnp.nan), v)
 
-    return lambda v, theta: linear.differentiable(lambda v: metric(v, theta), v, solve, symmetric=True)
+    return lambda v, theta: linear.differentiable_solve(lambda v: metric(v, theta), v, solve, symmetric=True)

@@ -319,13 +319,14 @@ def scan_body(iteration: Iteration, history: bool, record: Record | None) -> Cal
         x, state = carry
         row = None
         if history:
-            row = _row(iteration, record, x, theta, k, _residual(iteration, x, theta))
+            row = _row(iteration, record, x, theta, k, residual_at(iteration, x, theta))
         return checked_step(iteration, x, state, theta, k), row
 
     return body
 
 
-def _residual(iteration: Iteration, x: Any, theta: Any) -> Array | None:
+def residual_at(iteration: Iteration, x: Any, theta: Any) -> Array | None:
+    """The residual of the iteration's operator, without a derivative; None where there is no operator."""
     if iteration.operator is None:
         return None
     stopped = jax.lax.stop_gradient((x, theta))
@@ -336,7 +337,7 @@ def finish(
     iteration: Iteration, x0: Any, x: Any, state: State, theta: Any, num_steps: int, rows: History | None
 ) -> Solution:
     """The solution of a fixed number of steps."""
-    first, final = _residual(iteration, x0, theta), _residual(iteration, x, theta)
+    first, final = residual_at(iteration, x0, theta), residual_at(iteration, x, theta)
     finite, status = _tree.all_finite(x), _code(Status.COMPLETED)
     if first is not None and final is not None:
         scale = jnp.maximum(jnp.maximum(1.0, _tree.norm(jax.lax.stop_gradient(x0))), first)
@@ -389,7 +390,7 @@ def stopping_body(
     def body(carry: Progress) -> tuple[Progress, History | None]:
         x, state, k = carry.x, carry.state, carry.k
         size = _tree.norm(jax.lax.stop_gradient(x))
-        measure = _residual(iteration, x, theta)
+        measure = residual_at(iteration, x, theta)
         assert measure is not None
         limit = jnp.asarray(absolute).astype(size.dtype) + jnp.asarray(relative).astype(size.dtype) * size
         reference = jnp.where(k == 0, jnp.maximum(carry.reference, measure), carry.reference)
