@@ -22,6 +22,7 @@ PACKAGES += [
     "odljax.operators",
     "odljax.problems",
     "odljax.prox",
+    "odljax.sampling",
     "odljax.solvers",
     "odljax.training",
 ]
@@ -89,7 +90,7 @@ def layer_of(module):
         {"_types"},
         {"_tree"},
         {"_checks"},
-        {"prox", "linear"},
+        {"prox", "linear", "sampling"},
         {"problems", "operators"},
         {"networks", "iterations"},
         {"solvers"},

@@ -5,7 +5,7 @@ knows when to stop; a **derivative** says how the solver is differentiated; a **
 gradient for optax; an **application** is a real problem built of these.
 """
 
-from . import derivatives, diagnostics, hypergradients, iterations, linear, operators, problems, prox, solvers
+from . import derivatives, diagnostics, hypergradients, iterations, linear, operators, problems, prox, sampling, solvers
 from ._types import STATUS_MESSAGES, Status
 from .derivatives import implicit, one_step, truncated, unrolled
 from .hypergradients import Hypergradient, Info
@@ -58,6 +58,7 @@ __all__ = [
     "project",
     "prox",
     "proximal_gradient",
+    "sampling",
     "solvers",
     "truncated",
     "unrolled",

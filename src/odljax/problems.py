@@ -18,7 +18,20 @@ from . import prox
 from ._checks import count, number, record
 from ._types import Scalar
 
-__all__ = ["PROBLEMS", "Problem", "lasso", "line", "p_c", "p_c_minimiser", "quadratic", "ridge", "square_root", "tree"]
+__all__ = [
+    "PROBLEMS",
+    "FiniteSum",
+    "Problem",
+    "finite_sum",
+    "lasso",
+    "line",
+    "p_c",
+    "p_c_minimiser",
+    "quadratic",
+    "ridge",
+    "square_root",
+    "tree",
+]
 
 
 @record
@@ -223,6 +236,106 @@ def lasso(num_samples: int = 30, num_features: int = 8, *, seed: int = 0, dtype:
         prox=l1,
         step_size=step,
         strong_convexity=float(np.linalg.eigvalsh(train.T @ train)[0]),
+    )
+
+
+@record
+class FiniteSum:
+    """A bilevel problem whose two losses are means over samples, with its closed-form answers.
+
+    Args:
+        name: its name.
+        inner: ``(x, theta, rows) -> scalar``, the mean over the rows it gets; strongly convex in x.
+        outer: likewise.
+        inner_data: all inner rows; every leaf has them as leading axis.
+        outer_data: likewise.
+        x0: a start.
+        theta: a start.
+        solution: ``theta -> x`` in closed form.
+        minimiser: the theta of least outer loss at the solution.
+        step_size: a safe inner step, 1/L of every single row.
+    """
+
+    name: str
+    inner: Callable[[Any, Any, Any], Any]
+    outer: Callable[[Any, Any, Any], Any]
+    inner_data: Any
+    outer_data: Any
+    x0: Any
+    theta: Any
+    solution: Callable[[Any], Any]
+    minimiser: Any
+    step_size: float
+
+    def value(self, theta: Any) -> Array:
+        """The outer loss of all rows at the inner solution, in closed form."""
+        return self.outer(self.solution(theta), theta, self.outer_data)
+
+    def hypergradient(self, theta: Any) -> Any:
+        """The gradient of ``value``."""
+        return jax.grad(self.value)(theta)
+
+
+def finite_sum(
+    num_samples: int = 24, size: int = 3, num_hyper: int = 2, *, noise: Scalar = 1.0, seed: int = 0, dtype: Any = None
+) -> FiniteSum:
+    r"""Returns a quadratic bilevel problem of finite sums, for the stochastic estimators.
+
+    .. math:: f_i(x, \theta) = \tfrac12 (r_i^\top (x - B \theta) - b_i)^2 + \tfrac12 \|x - B \theta\|^2, \quad
+        F_j = \tfrac12 \|x - c_j\|^2 + \tfrac12 \|\theta\|^2
+
+    With :math:`H = I + \tfrac1n \sum r_i r_i^\top` and :math:`z = H^{-1} \tfrac1n \sum r_i b_i` the solution is
+    :math:`x = B \theta + z`, and the minimiser :math:`(I + B^\top B)^{-1} B^\top (\bar c - z)`.
+
+    Shapes: x (size,), theta (num_hyper,); rows ``{"r": (n, size), "b": (n,)}`` inside, ``{"c": (n, size)}`` outside.
+
+    Args:
+        num_samples: n of each half, at least 1.
+        size: of x, at least 1.
+        num_hyper: of theta, at least 1.
+        noise: at least 0, how much the rows differ; 0 makes every minibatch exact.
+        seed: of the Gaussian data.
+        dtype: of data, x and theta; default the default float.
+
+    Raises:
+        ValueError: a size or noise out of range.
+
+    Example:
+        >>> import odljax as odl
+        >>> problem = odl.problems.finite_sum()
+        >>> float(abs(problem.hypergradient(problem.minimiser)).max()) < 1e-5
+        True
+    """
+    for name, value in (("num_samples", num_samples), ("size", size), ("num_hyper", num_hyper)):
+        count("finite_sum", name, value)
+    number("finite_sum", "noise", noise, closed=True)
+    rows = (_normal(seed, 1, size) + noise * _normal(seed + 1, num_samples, size)) / (2 * np.sqrt(size))
+    targets = _normal(seed + 2, 1) + noise * _normal(seed + 3, num_samples)
+    centres = 1.0 + _normal(seed + 4, 1, size) + noise * _normal(seed + 5, num_samples, size)
+    B = _normal(seed + 6, size, num_hyper) / np.sqrt(size)
+    hessian = np.eye(size) + rows.T @ rows / num_samples
+    shift = np.linalg.solve(hessian, rows.T @ targets / num_samples)
+    minimiser = np.linalg.solve(np.eye(num_hyper) + B.T @ B, B.T @ (centres.mean(0) - shift))
+    B, shift = _float(B, dtype), _float(shift, dtype)
+
+    def inner(x: Array, theta: Array, data: dict[str, Array]) -> Array:
+        z = x - B @ theta
+        return 0.5 * jnp.mean((data["r"] @ z - data["b"]) ** 2) + 0.5 * jnp.sum(z**2)
+
+    def outer(x: Array, theta: Array, data: dict[str, Array]) -> Array:
+        return 0.5 * jnp.mean(jnp.sum((x[None] - data["c"]) ** 2, axis=1)) + 0.5 * jnp.sum(theta**2)
+
+    return FiniteSum(
+        name="finite_sum",
+        inner=inner,
+        outer=outer,
+        inner_data={"r": _float(rows, dtype), "b": _float(targets, dtype)},
+        outer_data={"c": _float(centres, dtype)},
+        x0=_float(np.zeros(size), dtype),
+        theta=_float(np.zeros(num_hyper), dtype),
+        solution=lambda theta: B @ theta + shift,
+        minimiser=_float(minimiser, dtype),
+        step_size=float(1 / (1 + (rows**2).sum(1).max())),
     )
 
 

@@ -10,23 +10,26 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
-from .._checks import record
-from .._types import State, Theta, X
+from .._checks import as_inner, differentiable, is_callable, record, same_as, scalar
+from .._types import State, Status, Theta, X
 
 
 class Info(NamedTuple):
     """What one update knows of itself; state is for the next step, info for the reader.
 
     Attributes:
-        value: the outer loss at the inner solution.
-        inner_residual: ``||x - T(x, theta)||`` at the inner solution; None where there is no operator.
-        adjoint_residual: ``||b - A v|| / ||b||`` of the adjoint system; None where the steps themselves are
-            differentiated.
+        value: the outer loss where the gradient was taken: at the inner solution, for single-loop estimators at the
+            inner iterate before its step, for stochastic ones on the minibatch.
+        inner_residual: how far the inner problem is from solved there: ``||x - T(x, theta)||`` where a solver is told
+            of an operator, ``||grad_x f||`` (of the minibatch, if there is one) where losses are given; None without
+            either.
+        adjoint_residual: ``||b - A v|| / ||b||`` of the adjoint system; None where there is none.
         status: the worse code of inner and adjoint solve; ``odl.check(info)`` raises on the bad ones.
         num_steps: inner steps taken.
         outer_change: ``||theta_t - theta_(t-1)|| / ||theta_(t-1)||`` since the last update; infinite at the first.
         history: rows recorded on the inner way, or None.
-        x: the inner solution.
+        x: the inner solution or the newest inner iterate.
+        error: an estimate of ``||gradient - true hypergradient||``, where it was asked for; else None.
     """
 
     value: Array
@@ -37,14 +40,20 @@ class Info(NamedTuple):
     outer_change: Array
     history: Any
     x: Any
+    error: Array | None = None
 
 
 @record
 class Hypergradient(Generic[X, Theta]):
     """A gradient estimator of an outer loss, as a pair of pure functions.
 
+    Estimators of solvers pass all data to the outer loss. Those of two losses, inner and outer, take either none, or
+    one pytree for each: ``update(theta, state, inner_data, outer_data)`` calls ``inner(x, theta, inner_data)`` and
+    ``outer(x, theta, outer_data)``.
+
     Args:
-        init: ``(theta, x0) -> state``.
+        init: ``(theta, x0, *data) -> state``; the data are those of the update, for the estimators that start from
+            them.
         update: ``(theta, state, *data) -> (gradient, state, info)``; the gradient has the structure of theta.
         name: what messages call it.
 
@@ -63,7 +72,7 @@ class Hypergradient(Generic[X, Theta]):
         1.0
     """
 
-    init: Callable[[Theta, X], State]
+    init: Callable[..., State]
     update: Callable[..., tuple[Theta, State, Info]]
     name: str = "hypergradient"
 
@@ -91,3 +100,64 @@ def advance_outer(outer: Outer, theta: Any) -> tuple[Outer, Array]:
 def keep_finite(new: Any, old: Any) -> Any:
     """The new warm start unless it is not finite: one bad solve is reported, and does not spoil the next."""
     return _tree.where(_tree.all_finite(jax.lax.stop_gradient(new)), new, old)
+
+
+# ---- what the estimators of two losses share ------------------------------------------------------------------------
+
+
+def losses(who: str, inner: Any, outer: Any) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """The two losses, checked to be scalar functions of ``(x, theta, *data)``."""
+    is_callable(who, "inner", inner)
+    is_callable(who, "outer", outer)
+
+    def inner_loss(x: Any, theta: Any, *data: Any) -> Array:
+        return scalar(who, "the inner loss", inner(x, theta, *data))
+
+    def outer_loss(x: Any, theta: Any, *data: Any) -> Array:
+        return scalar(who, "the outer loss", outer(x, theta, *data))
+
+    return inner_loss, outer_loss
+
+
+def pair(who: str, data: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of the inner and those of the outer loss beyond ``(x, theta)``."""
+    if len(data) not in (0, 2):
+        raise TypeError(
+            f"{who}: needs no data, or inner and outer data; {len(data)} came. Call init(theta, x0, inner_data, "
+            f"outer_data) and update(theta, state, inner_data, outer_data)."
+        )
+    return (data[:1], data[1:])
+
+
+def start_inner(who: str, theta: Any, x0: Any) -> Any:
+    """The inner start, after a look at theta."""
+    differentiable(who, theta)
+    return as_inner(who, "x0", x0)
+
+
+def conclude(
+    who: str,
+    gradient: Any,
+    theta: Any,
+    walk: Outer,
+    *,
+    value: Array,
+    x: Any,
+    inner_residual: Array | None,
+    adjoint_residual: Array | None = None,
+    num_steps: Any = 1,
+    history: Any = None,
+) -> tuple[Any, Outer, Info]:
+    """The checked gradient, the advanced outer walk and the info of an estimator that takes steps of its own."""
+    theta = _tree.strong(theta)
+    gradient = same_as(who, "the gradient", gradient, theta, "theta")
+    finite = _tree.all_finite((value, gradient, x))
+    status = jnp.where(finite, Status.COMPLETED, Status.NON_FINITE).astype(jnp.int32)
+    walk, change = advance_outer(walk, theta)
+    steps = jnp.asarray(num_steps, int)
+    return gradient, walk, Info(value, inner_residual, adjoint_residual, status, steps, change, history, x)
+
+
+def relative(size: Array, scale: Array) -> Array:
+    """``size / scale``, or the size itself where the scale is zero."""
+    return size / jnp.where(scale > 0, scale, jnp.ones_like(scale))
