@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _tree
-from .._checks import as_inner, count, differentiable, is_callable, scalar
+from .._checks import count, differentiable, is_callable, scalar
 from .._types import Coefficient, State, Step, Theta, X
 from ..derivatives import unrolled
 from ..iterations import Iteration, aggregate, krasnoselskii_mann, project
@@ -19,6 +19,7 @@ from ..operators._operator import inverse_metric
 from ..solvers import History, for_steps
 from ..solvers._solver import residual_at
 from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, start_outer
+from ._start import first_start, started
 
 
 class HODLState(NamedTuple):
@@ -44,6 +45,7 @@ def hodl(
     projection: Callable[[X, Theta], X] | None = None,
     warm_start: bool = False,
     checkpoint_every: int | None = None,
+    start: Callable[[Theta], X] | None = None,
 ) -> Hypergradient[X, Theta]:
     r"""Returns the HODL estimator: descend the outer loss over the fixed points of D while walking towards them.
 
@@ -79,6 +81,8 @@ def hodl(
             constraint.
         warm_start: start each update from the last inner solution instead of :math:`u_0`.
         checkpoint_every: as in ``unrolled``.
+        start: :math:`u_0(\theta)`, ``theta -> u``, a learned start through which the gradient goes as well; the x0 of
+            ``init`` is then not used and may be None.
 
     Each coefficient is a number, a schedule of k, a function of theta, or of (theta, k).
 
@@ -88,9 +92,9 @@ def hodl(
         curves of joint convergence.
 
     Raises:
-        ValueError: a coefficient outside its range, a step count below 1.
-        TypeError: D or ``outer`` is no function; at trace time, an outer loss that is not a real scalar, a theta that
-            is not floating point.
+        ValueError: a coefficient outside its range, a step count below 1, a learned start with a warm start.
+        TypeError: D, ``outer`` or ``start`` is no function; at trace time, an outer loss that is not a real scalar, a
+            theta that is not floating point.
 
     Cost: K times D, the gradient of the outer loss and the inverse metric, forward and backward; memory K times what
     one step needs, or that of segments.
@@ -118,6 +122,12 @@ def hodl(
         metric_inverse = inverse_metric(operator)
     if projection is not None:
         is_callable(who, "projection", projection, "x, theta")
+    if start is not None:
+        is_callable(who, "start", start, "theta")
+        if warm_start:
+            raise ValueError(
+                "hodl: warm_start begins at the last solution, start at what theta says; both came. Drop one of them."
+            )
     # A plain map is watched as it is applied; otherwise the residual costs an application of its own.
     plain = base is not operator_or_iteration and operator is not None and operator.displacement is None
     watched = operator if plain else None
@@ -138,14 +148,14 @@ def hodl(
 
     def init(theta: Theta, x0: X) -> HODLState:
         differentiable(who, theta)
-        return HODLState(as_inner(who, "x0", x0), start_outer(theta))
+        return HODLState(first_start(who, start, x0), start_outer(theta))
 
     def update(theta: Theta, state: HODLState, *data: Any) -> tuple[Theta, State, Info]:
         differentiable(who, theta)
         solver, loss = compose(data)
 
         def value_of(theta: Theta) -> Any:
-            solution = solver(state.x, theta)
+            solution = solver(started(who, start, theta, state.x), theta)
             return loss(solution.x, theta), solution
 
         (value, solution), gradient = jax.value_and_grad(value_of, has_aux=True)(theta)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from .. import _tree
-from .._checks import as_inner, differentiable, is_a, is_callable, scalar
+from .._checks import differentiable, is_a, is_callable, scalar
 from .._types import State, Theta, X
 from ..solvers import Solution, Solver
 from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, start_outer
+from ._start import check_start, first_start, started
 
 OuterLoss = Callable[..., Any]
 
@@ -25,36 +26,52 @@ class WarmState(NamedTuple):
     outer: Outer
 
 
-def through(solver: Solver[X, Theta], outer: OuterLoss) -> Hypergradient[X, Theta]:
+def through(
+    solver: Solver[X, Theta], outer: OuterLoss, *, start: Callable[[Theta], X] | None = None
+) -> Hypergradient[X, Theta]:
     r"""Returns the estimator that differentiates the outer loss through the solver, each time from the same start.
 
     .. math:: g = \nabla_\theta \ell(x(\theta), \theta)
 
     When: a solver with a derivative is at hand; the estimator adds what plain ``jax.grad`` cannot return, the truth
-    about inner and adjoint solve.
+    about inner and adjoint solve. With ``start``, a few steps from a start that theta holds or computes (a learned
+    initialisation, amortised solves): the gradient then also goes through :math:`x_0(\theta)`.
 
     Args:
         solver: with any derivative: ``implicit``, ``one_step``, ``unrolled``, ``truncated``, or bare ``for_steps``.
         outer: :math:`\ell`, ``(x, theta, *data) -> scalar``; data comes from ``update(theta, state, *data)``.
+        start: :math:`x_0(\theta)`, ``theta -> x``, the learned start; the x0 of ``init`` is then not used and may be
+            None. None: the x0 of ``init``, which has no derivative.
 
     Raises:
-        TypeError: ``solver`` is none; at trace time, an outer loss that is not a real scalar, a theta that is not
-            floating point, a bare ``until_converged``.
+        TypeError: ``solver`` or ``start`` is none; at trace time, an outer loss that is not a real scalar, a theta that
+            is not floating point, a bare ``until_converged``.
+        ValueError: a learned start for a derivative that does not see it.
 
     Cost: the solve, one gradient of the outer loss, and what the derivative costs.
 
-    Source: Pedregosa (2016) for the implicit, Franceschi et al. (2017) for the unrolled form.
+    Source: Pedregosa (2016) for the implicit, Franceschi et al. (2017) for the unrolled form; for the learned start:
+    Finn, Abbeel and Levine (2017).
 
-    Example: see ``Hypergradient``.
+    Example:
+        >>> import odljax as odl
+        >>> inner = odl.gradient_descent(lambda x, theta: 0.5 * (x - theta["goal"]) ** 2, step_size=0.5)
+        >>> solver, outer = odl.for_steps(inner, 2), lambda x, theta: x
+        >>> hyper = odl.hypergradients.through(solver, outer, start=lambda theta: theta["start"])
+        >>> theta = {"goal": 1.0, "start": 0.0}
+        >>> gradient, state, info = hyper.update(theta, hyper.init(theta, None))
+        >>> float(gradient["goal"]), float(gradient["start"])
+        (0.75, 0.25)
     """
     is_a("through", "solver", solver, Solver, "Make one with for_steps or until_converged.")
     is_callable("through", "outer", outer)
+    check_start("through", start, solver)
 
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
-        gradient, _, info, walk = _update("through", solver, outer, theta, state, data)
+        gradient, _, info, walk = _update("through", solver, outer, theta, state, data, start)
         return gradient, WarmState(state.x, None, walk), info
 
-    return Hypergradient(_start("through"), update, f"through({solver.name})")
+    return Hypergradient(_start("through", start), update, f"through({solver.name})")
 
 
 def warm_started(solver: Solver[X, Theta], outer: OuterLoss) -> Hypergradient[X, Theta]:
@@ -103,16 +120,22 @@ def warm_started(solver: Solver[X, Theta], outer: OuterLoss) -> Hypergradient[X,
     return Hypergradient(init, update, f"warm_started({solver.name})")
 
 
-def _start(who: str) -> Callable[[Any, Any], WarmState]:
+def _start(who: str, start: Any = None) -> Callable[[Any, Any], WarmState]:
     def init(theta: Any, x0: Any) -> WarmState:
         differentiable(who, theta)
-        return WarmState(as_inner(who, "x0", x0), None, start_outer(theta))
+        return WarmState(first_start(who, start, x0), None, start_outer(theta))
 
     return init
 
 
 def _update(
-    who: str, solver: Solver, outer: OuterLoss, theta: Any, state: WarmState, data: tuple[Any, ...]
+    who: str,
+    solver: Solver,
+    outer: OuterLoss,
+    theta: Any,
+    state: WarmState,
+    data: tuple[Any, ...],
+    start: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any, Info, Outer]:
     """Gradient, adjoint vector (None without an adjoint system), info and the advanced outer walk."""
     differentiable(who, theta)
@@ -121,7 +144,7 @@ def _update(
         return scalar(who, "the outer loss", outer(x, theta, *data))
 
     def direct(theta: Any) -> tuple[Any, Solution]:
-        solution = solver(state.x, theta)
+        solution = solver(started(who, start, theta, state.x), theta)
         return loss(solution.x, theta), solution
 
     if solver.adjoint is None:
