@@ -55,7 +55,7 @@ def test_refused_where_the_start_does_not_matter(derivative):
 
 
 def test_other_refusals():
-    with pytest.raises(ValueError, match=r"hodl: warm_start begins at the last solution .* Drop one"):
+    with pytest.raises(ValueError, match=r"hodl: warm_start begins at the last solution, .* Drop one"):
         hodl(LINE, OUTER, num_steps=2, warm_start=True, start=start)
     for make in (
         lambda s: through(odl.for_steps(LINE, 2), OUTER, start=s),
