@@ -2,6 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import ends
+import jax
+import jax.numpy as jnp
+
 import odljax as odl
 
 h = odl.hypergradients
@@ -12,6 +16,9 @@ class Row(NamedTuple):
 
     build: ``(inner, outer, step_size, **options) -> Hypergradient``; stochastic ones take ``batch_size`` and ``key``.
     tolerance: of theta after ``num_updates`` full-batch updates of SGD at ``rate``, against the closed-form minimiser.
+    end: ``problem -> theta``, where a biased one ends instead; None: at the minimiser.
+    problem: the problem of that descent; None: the common one.
+    tasks: the rows of the data are tasks, and ``info.x`` has them as leading axis.
     """
 
     build: Any
@@ -19,9 +26,44 @@ class Row(NamedTuple):
     rate: float = 0.05
     num_updates: int = 600
     tolerance: float = 1e-9
+    end: Any = None
+    problem: Any = None
+    tasks: bool = False
+
+
+def _task(loss):
+    """The loss of one row."""
+    if not callable(loss):
+        return loss
+    return lambda x, theta, row: loss(x, theta, jax.tree.map(lambda leaf: leaf[None], row))
+
+
+def _of_tasks(name, num_steps, **options):
+    """A meta-learning estimator: each row is a task, which starts from the entries of theta and the first again."""
+    start = lambda theta: jnp.concatenate([theta, theta[:1]])
+    build = lambda f, F, a: getattr(h, name)(
+        _task(f), _task(F), step_size=a, num_steps=num_steps, start=start, **options
+    )
+    return Row(build, num_updates=300, rate=0.3, end=lambda p: ends.meta(p, name, num_steps), tasks=True)
 
 
 ESTIMATORS = {
+    "anil": _of_tasks("anil", 2),
+    "bda": Row(
+        lambda f, F, a: h.bda(f, F, step_size=a, num_steps=60, weight=lambda k: 0.5 ** (k.astype(float) + 1)),
+        num_updates=120,
+        rate=0.3,
+    ),
+    "finite_difference": Row(
+        lambda f, F, a: h.finite_difference(f, F, step_size=a), rate=0.2, end=ends.finite_difference
+    ),
+    "fomaml": _of_tasks("fomaml", 2),
+    "imaml": _of_tasks("imaml", 100, penalty=1.0),
+    "maml": _of_tasks("maml", 2),
+    "rank_one": Row(
+        lambda f, F, a: h.rank_one(f, F, step_size=a), num_updates=150, rate=0.2, problem=odl.problems.finite_sum(24, 1)
+    ),
+    "reptile": _of_tasks("reptile", 2),
     "soba": Row(lambda f, F, a, **o: h.soba(f, F, step_size=a, **o), stochastic=True),
 }
 
