@@ -68,6 +68,7 @@ DERIVATIVES = {
     "unrolled": lambda s: odl.unrolled(s),
     "unrolled(checkpoint)": lambda s: odl.unrolled(s, checkpoint_every=16),
     "truncated": lambda s: odl.truncated(s, num_steps=200),
+    "forward": lambda s: odl.forward(s),
 }
 
 SOLVERS = {

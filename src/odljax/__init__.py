@@ -7,7 +7,7 @@ gradient for optax; an **application** is a real problem built of these.
 
 from . import derivatives, diagnostics, hypergradients, iterations, linear, operators, problems, prox, sampling, solvers
 from ._types import STATUS_MESSAGES, Status
-from .derivatives import implicit, one_step, truncated, unrolled
+from .derivatives import forward, implicit, one_step, phantom, truncated, unrolled
 from .hypergradients import Hypergradient, Info
 from .iterations import (
     Iteration,
@@ -42,6 +42,7 @@ __all__ = [
     "diagnostics",
     "fixed_point",
     "for_steps",
+    "forward",
     "from_optax",
     "gradient_descent",
     "heavy_ball",
@@ -54,6 +55,7 @@ __all__ = [
     "nesterov",
     "one_step",
     "operators",
+    "phantom",
     "problems",
     "project",
     "prox",

@@ -1,6 +1,8 @@
 """Derivatives: transforms solver -> solver that keep the point and change how it is differentiated."""
 
+from ._forward import forward
 from ._implicit import implicit, one_step
+from ._phantom import phantom
 from ._unrolled import truncated, unrolled
 
-__all__ = ["implicit", "one_step", "truncated", "unrolled"]
+__all__ = ["forward", "implicit", "one_step", "phantom", "truncated", "unrolled"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,9 @@ from ..solvers._solver import (
 )
 
 
-def unrolled(solver: Solver[X, Theta], *, checkpoint_every: int | None = None) -> Solver[X, Theta]:
+def unrolled(
+    solver: Solver[X, Theta], *, checkpoint_every: int | None = None, memory_budget: int | None = None
+) -> Solver[X, Theta]:
     r"""Returns the solver differentiated through all its steps, in forward and reverse mode.
 
     For ``until_converged`` the loop becomes a scan over the whole step budget in which an element that is done stays
@@ -39,18 +42,24 @@ def unrolled(solver: Solver[X, Theta], *, checkpoint_every: int | None = None) -
         solver: from ``for_steps`` or ``until_converged``, or another derivative of one.
         checkpoint_every: steps a segment, at least 1; reverse mode then stores one iterate a segment and recomputes one
             segment at a time. About the square root of the number of steps is best. None: every step is stored.
+        memory_budget: bytes, at least 1, that reverse mode may store between its forward and its backward pass;
+            segments are then nested to as few levels as fit. Counted are checkpoints (x and state) and what the steps
+            of one innermost segment need, by their shapes; the working memory of a single step comes on top, and
+            under ``vmap`` the budget is that of one element. None: no bound.
 
     Returns:
         A solver with the same solutions.
 
     Raises:
-        ValueError: a segment length below 1.
+        ValueError: a segment length or budget below 1, or both; at trace time, a budget that the deepest nesting does
+            not meet.
         TypeError: ``solver`` is none.
 
-    Cost: reverse mode stores what each step needs, K times; with segments of c steps K/c + c times, for one forward
-    pass more.
+    Cost: reverse mode stores what each step needs, K times. With segments of c steps it stores K/c iterates and c
+    steps, for one forward pass more; with L levels of checkpoints about :math:`L K^{1/(L+1)}`, for L passes more, down
+    to :math:`O(\log K)`.
 
-    Source: Griewank and Walther (2008), chapters 3 and 12; Franceschi et al. (2017).
+    Source: Griewank and Walther (2008), chapters 3 and 12, where levels are uniform (12.2); Franceschi et al. (2017).
 
     Example:
         >>> import jax, odljax as odl
@@ -62,16 +71,24 @@ def unrolled(solver: Solver[X, Theta], *, checkpoint_every: int | None = None) -
     is_a("unrolled", "solver", solver, Solver, "Make one with for_steps or until_converged.")
     if checkpoint_every is not None:
         checkpoint_every = count("unrolled", "checkpoint_every", checkpoint_every)
+    if memory_budget is not None:
+        memory_budget = count("unrolled", "memory_budget", memory_budget)
+        if checkpoint_every is not None:
+            raise ValueError(
+                "unrolled: memory_budget chooses the segments that checkpoint_every fixes; both came. Drop one of them."
+            )
     iteration, num_steps, history, record = solver.iteration, solver.num_steps, solver.history, solver.record
+
+    def scan(body: Callable[..., Any], carry: Any, length: int) -> tuple[Any, Any]:
+        return _scan(f"unrolled({iteration.name})", body, carry, length, checkpoint_every, memory_budget)
 
     def fixed(x0: X, theta: Theta) -> Solution:
         check_layers(iteration, theta, num_steps)
         body = scan_body(iteration, history, record)
-        (x, state), rows = _scan(
+        (x, state), rows = scan(
             lambda carry, k: body(carry, theta, k),
             (x0, start_state(iteration, x0, theta)),
             num_steps,
-            checkpoint_every,
         )
         return finish(iteration, x0, x, state, theta, num_steps, rows)
 
@@ -80,7 +97,7 @@ def unrolled(solver: Solver[X, Theta], *, checkpoint_every: int | None = None) -
         assert tolerance is not None
         body = stopping_body(iteration, tolerance, num_steps, theta, history, record)
         start = stopping_start(iteration, x0, theta)
-        carry, rows = _scan(lambda carry, k: body(carry), start, num_steps + 1, checkpoint_every)
+        carry, rows = scan(lambda carry, k: body(carry), start, num_steps + 1)
         return stopping_finish(carry, jax.tree.map(lambda column: column[:num_steps], rows))
 
     solve = fixed if solver.tolerance is None else stopping
@@ -140,37 +157,129 @@ def truncated(solver: Solver[X, Theta], *, num_steps: int) -> Solver[X, Theta]:
         return finish(iteration, x0, x, state, theta, total, rows)
 
     def stopping(x0: X, theta: Theta) -> Solution:
-        solution = stopped(solver.solve, x0, theta)
+        def walk(solution: Solution) -> X:
+            def step(carry: Any, i: Any) -> Any:
+                x, state = carry
+                return checked_step(iteration, x, state, theta, solution.num_steps + i), None
 
-        def step(carry: Any, i: Any) -> Any:
-            x, state = carry
-            return checked_step(iteration, x, state, theta, solution.num_steps + i), None
+            return jax.lax.scan(step, (solution.x, solution.state), jnp.arange(last))[0][0]
 
-        steps = jnp.arange(last)
-        (x, _), _ = jax.lax.scan(step, (solution.x, solution.state), steps)
-        return solution._replace(x=_tree.add(solution.x, _tree.subtract(x, jax.lax.stop_gradient(x))))
+        return from_the_solution(solver, x0, theta, walk)
 
     solve = fixed if solver.tolerance is None else stopping
     return dataclasses.replace(solver, solve=solve, derivative="truncated", adjoint=None)
 
 
-def _scan(body: Callable[..., Any], carry: Any, length: int, checkpoint_every: int | None) -> tuple[Any, Any]:
+def from_the_solution(solver: Solver, x0: Any, theta: Any, walk: Callable[[Solution], Any]) -> Solution:
+    """The solution, without its own derivative, with that of a walk that starts there; the value stays."""
+    solution = stopped(solver.solve, x0, theta)
+    x = walk(solution)
+    return solution._replace(x=_tree.add(solution.x, _tree.subtract(x, jax.lax.stop_gradient(x))))
+
+
+def _scan(
+    who: str, body: Callable[..., Any], carry: Any, length: int, checkpoint_every: int | None, memory_budget: int | None
+) -> tuple[Any, Any]:
     """A scan over ``arange(length)``, in segments that reverse mode recomputes."""
-    steps = jnp.arange(length)
-    if checkpoint_every is None:
+    segments = [] if checkpoint_every is None else [checkpoint_every]
+    if memory_budget is not None:
+        carried = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry))
+        segments = plan_segments(who, length, carried, _bytes_of_a_step(body, carry), memory_budget)
+    return _nested(body, carry, jnp.arange(length), segments)
+
+
+def _nested(body: Callable[..., Any], carry: Any, steps: Any, segments: list[int]) -> tuple[Any, Any]:
+    """A scan in segments of the first length, which are scans in segments of the second length, and so on."""
+    length = len(steps)
+    while segments and segments[0] >= length:
+        segments = segments[1:]
+    if not segments:
         return jax.lax.scan(body, carry, steps)
-    whole = length - length % checkpoint_every
+    first, *inner = segments
+    whole = length - length % first
 
     def segment(carry: Any, steps: Any) -> tuple[Any, Any]:
-        return jax.lax.scan(body, carry, steps)
+        return _nested(body, carry, steps, inner)
 
     inside_scan = jax.checkpoint(segment, prevent_cse=False)
-    carry, rows = jax.lax.scan(inside_scan, carry, steps[:whole].reshape(whole // checkpoint_every, checkpoint_every))
+    carry, rows = jax.lax.scan(inside_scan, carry, steps[:whole].reshape(whole // first, first))
     rows = jax.tree.map(lambda column: column.reshape(whole, *column.shape[2:]), rows)
     if whole == length:
         return carry, rows
     carry, rest = jax.checkpoint(segment)(carry, steps[whole:])
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, rest)
+
+
+def _stored(length: int, carried: int, a_step: int, segments: list[int]) -> int:
+    """The most bytes that reverse mode holds at once in ``_nested``: carries at segment starts, and the last segment's
+    steps."""
+    while segments and segments[0] >= length:
+        segments = segments[1:]
+    if not segments:
+        return length * a_step
+    first, *inner = segments
+    count, rest = divmod(length, first)
+    last = carried + _stored(rest, carried, a_step, inner) if rest else 0
+    return count * carried + max(last, _stored(first, carried, a_step, inner))
+
+
+def plan_segments(who: str, length: int, carried: int, a_step: int, budget: int) -> list[int]:
+    """The segment lengths of the fewest levels, each of which recomputes all steps once, that fit into the budget."""
+    least = None
+    for levels in range(1, max(length - 1, 1).bit_length() + 2):
+        plans = [_balanced(length, innermost, levels) for innermost in _innermost(length)] if levels > 1 else [[]]
+        sized = [(_stored(length, carried, a_step, segments), segments) for segments in plans]
+        stored, segments = min(sized)
+        if stored <= budget:
+            return segments
+        least = stored if least is None else min(least, stored)
+    raise ValueError(
+        f"{who}: reverse mode through {length} steps stores at least {least} bytes, with checkpoints at every level "
+        f"({carried} a checkpoint, {a_step} a step); memory_budget is {budget}. Raise it, take fewer steps, or use "
+        f"forward, truncated or implicit."
+    )
+
+
+def _innermost(length: int) -> list[int]:
+    """Lengths of the innermost segments worth trying: the shortest for each number of them."""
+    root = math.isqrt(length)
+    return sorted({*range(1, root + 1), *(-(-length // count) for count in range(1, root + 2))})
+
+
+def _balanced(length: int, innermost: int, levels: int) -> list[int]:
+    """Segment lengths, outermost first: a tree of ``levels`` levels, equally wide above its leaves."""
+    segments, count = [innermost], -(-length // innermost)
+    for above in range(levels - 1, 1, -1):
+        width = max(1, math.ceil(count ** (1 / above) - 1e-9))
+        segments.insert(0, segments[0] * width)
+        count = -(-count // width)
+    return segments
+
+
+def _bytes_of_a_step(body: Callable[..., Any], carry: Any) -> int:
+    """What reverse mode through a scan stores for each step: the growth of its residuals from two steps to three."""
+    carry = jax.lax.stop_gradient(carry)
+    function, captured = jax.closure_convert(body, carry, jnp.zeros((), int))
+    leaves, structure = jax.tree.flatten((carry, captured))
+    floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    def stored(num_steps: int) -> int:
+        def residuals(*leaves: Any) -> Any:
+            def run(*moved: Any) -> Any:
+                all_leaves = list(leaves)
+                for i, leaf in zip(floating, moved, strict=True):
+                    all_leaves[i] = leaf
+                carry, captured = jax.tree.unflatten(structure, all_leaves)
+                return jax.lax.scan(lambda carry, k: function(carry, k, *captured), carry, jnp.arange(num_steps))
+
+            return jax.vjp(run, *(leaves[i] for i in floating))[1]
+
+        jaxpr = jax.make_jaxpr(residuals)(*shapes).jaxpr
+        kept = {id(var): var.aval for var in jaxpr.outvars}
+        return sum(aval.size * aval.dtype.itemsize for aval in kept.values())
+
+    return stored(3) - stored(2)
 
 
 def stopped(function: Callable[..., Any], *arguments: Any) -> Any:
