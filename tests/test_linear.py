@@ -205,6 +205,58 @@ def test_neumann_is_the_truncated_series(terms):
     np.testing.assert_allclose(info.residual, 0.3 ** (terms + 1), rtol=1e-12)
 
 
+@pytest.mark.parametrize(("rank", "regularisation"), [(N, 1e-10), (N + 5, 1e-2), (3, 0.3), (1, 2.0)])
+def test_nystrom_is_its_formula_and_has_the_predicted_bias(rank, regularisation):
+    """Against Woodbury's formula in NumPy, and with all columns against the regularised inverse."""
+    solver = linear.nystrom(rank, regularisation, jax.random.key(4))
+    v, info = jax.jit(lambda b: solver(product(SYMMETRIC), b))(B)
+    chosen = np.asarray(jax.random.permutation(jax.random.key(4), N))[:rank]
+    C, W = SYMMETRIC[:, chosen], SYMMETRIC[np.ix_(chosen, chosen)]
+    want = B / regularisation - C @ np.linalg.solve(W + C.T @ C / regularisation, C.T @ B) / regularisation**2
+    np.testing.assert_allclose(v, want, rtol=0, atol=1e-9 if regularisation > 1e-3 else 1e-2)  # Woodbury cancels
+    np.testing.assert_allclose(info.residual, true_residual(SYMMETRIC, v, B), rtol=1e-3, atol=1e-15)
+    assert (int(info.num_steps), Status(int(info.status))) == (min(rank, N), Status.COMPLETED)
+    if rank >= N:
+        exact = np.linalg.solve(SYMMETRIC + regularisation * np.eye(N), B)
+        np.testing.assert_allclose(v, exact, rtol=0, atol=1e-12)
+        least = np.linalg.eigvalsh(SYMMETRIC).min()
+        bias = np.linalg.norm(v - np.linalg.solve(SYMMETRIC, B))
+        assert bias <= regularisation / (least + regularisation) / least * np.linalg.norm(B)
+        assert float(info.residual) <= regularisation / (least + regularisation) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_nystrom_is_exact_on_a_matrix_of_its_rank(dtype):
+    """Three columns hold all of a matrix of rank three; six hold no more, and must not spoil it."""
+    low = np.random.default_rng(2).standard_normal((N, 3)).astype(dtype)
+    want = np.linalg.solve(low.astype(float) @ low.T.astype(float) + 0.1 * np.eye(N), B)
+    for rank in (3, 6):
+        solver = linear.nystrom(rank, 0.1)
+        v, _ = jax.jit(lambda low, b: solver(lambda v: low @ (low.T @ v), b))(low, B.astype(dtype))
+        assert v.dtype == dtype
+        tolerance = 1e-9 if dtype == np.float64 else 1e-5
+        np.testing.assert_allclose(v, want, rtol=0, atol=tolerance * np.abs(want).max())
+    b = tree((np.float64, np.float32, np.float64))
+    v, _ = jax.jit(lambda b: linear.nystrom(N, 1e-9)(tree_product(SYMMETRIC, b), b))(b)
+    np.testing.assert_allclose(flat_double(v), np.linalg.solve(SYMMETRIC, flat_double(b)), rtol=0, atol=1e-6)
+
+
+def test_nystrom_in_an_implicit_derivative():
+    problem = odl.problems.ridge(30, 4)
+    solver = odl.for_steps(odl.gradient_descent(problem.objective, problem.step_size), 240)
+    value = lambda solver: lambda theta: problem.outer(solver(problem.x0, theta).x, theta)
+    nystrom = odl.implicit(solver, linear.nystrom(4, 1e-12))
+    want = problem.hypergradient(problem.theta)
+    np.testing.assert_allclose(jax.jit(jax.grad(value(nystrom)))(problem.theta), want, rtol=1e-9)
+    np.testing.assert_allclose(jax.jvp(value(nystrom), (problem.theta,), (jnp.ones(()),))[1], want, rtol=1e-9)
+    with pytest.raises(TypeError, match=r"implicit: nystrom\(2\) needs a symmetric .* is not declared symmetric"):
+        odl.implicit(odl.for_steps(odl.fixed_point(problem.T), 5), linear.nystrom(2))
+    with pytest.raises(ValueError, match=r"nystrom: rank must be a whole number of at least 1; 0 came"):
+        linear.nystrom(0)
+    with pytest.raises(ValueError, match=r"nystrom: regularisation must lie in \(0, inf\); 0.0 came"):
+        linear.nystrom(2, 0.0)
+
+
 def test_float32_at_condition_1e4():
     """Regularised least squares; the reference is float64 on the same data."""
     rng = np.random.default_rng(0)
