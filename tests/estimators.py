@@ -68,4 +68,4 @@ ESTIMATORS = {
 }
 
 # Estimators of solvers: their conformance is the derivative matrix of test_hypergradients.
-OF_SOLVERS = {"through", "warm_started", "hodl"}
+OF_SOLVERS = {"through", "warm_started", "hodl", "hoag"}

@@ -89,7 +89,7 @@ def implicit(
         x = _attach(operator, linear_solver, on_failure == "warn", solution.x, theta)
         return solution._replace(x=x)
 
-    adjoint = Adjoint(primal, partial(_pull_back, operator, linear_solver))
+    adjoint = Adjoint(primal, partial(pull_back, operator, linear_solver))
     return dataclasses.replace(solver, solve=solve, derivative="implicit", adjoint=adjoint)
 
 
@@ -171,16 +171,19 @@ def _report(info: LinearInfo) -> None:
     jax.lax.cond(info.status >= Status.STEP_BUDGET_SPENT, tell, lambda: None)
 
 
-def _pull_back(
+def pull_back(
     operator: Operator, linear_solver: LinearSolver, x: Any, theta: Any, cotangent: Any, guess: Any = None
 ) -> tuple[Any, Any, LinearInfo]:
-    """The cotangent of theta, the adjoint vector, and the truth about its solve."""
-    if operator.symmetric:
-        _, matvec = jax.linearize(lambda x: displacement(operator, x, theta), x)
-    else:
-        _, transpose = jax.vjp(lambda x: displacement(operator, x, theta), x)
-        matvec = lambda v: transpose(v)[0]  # noqa: E731
-    adjoint, info = linear_solver(matvec, cotangent, guess)
-    _, pull_back = jax.vjp(lambda theta: displacement(operator, x, theta), theta)
-    (theta_cotangent,) = pull_back(_tree.negative(adjoint))
-    return theta_cotangent, adjoint, info
+    """The cotangent of theta, the adjoint vector, and the truth about its solve; differentiable once more."""
+    # One linearisation for both; the unused half of each product is dead code to the compiler.
+    _, pull = jax.vjp(partial(displacement, operator), x, theta)
+    # Known to JAX as a linear solve: who differentiates this (a level above) sees the adjoint vector move.
+    guess = jax.lax.stop_gradient(guess)
+    adjoint, info = differentiable_solve(
+        lambda v: pull(v)[0],
+        cotangent,
+        lambda matvec, b: linear_solver(matvec, b, guess),
+        symmetric=operator.symmetric,
+        has_aux=True,
+    )
+    return pull(_tree.negative(adjoint))[1], adjoint, info

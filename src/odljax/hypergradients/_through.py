@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from .. import _tree
 from .._checks import differentiable, is_a, is_callable, scalar
-from .._types import State, Theta, X
+from .._types import State, Status, Theta, X
+from ..derivatives._implicit import pull_back
+from ..linear import identity
+from ..operators import Operator
 from ..solvers import Solution, Solver
+from ._error import estimate_error
 from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, start_outer
 from ._start import check_start, first_start, started
 
@@ -26,8 +30,20 @@ class WarmState(NamedTuple):
     outer: Outer
 
 
+class Trust(NamedTuple):
+    """What to do about a failed adjoint solve, and whether to estimate the error."""
+
+    on_adjoint_failure: str = "keep"
+    error_estimate: bool = False
+
+
 def through(
-    solver: Solver[X, Theta], outer: OuterLoss, *, start: Callable[[Theta], X] | None = None
+    solver: Solver[X, Theta],
+    outer: OuterLoss,
+    *,
+    start: Callable[[Theta], X] | None = None,
+    on_adjoint_failure: str = "keep",
+    error_estimate: bool = False,
 ) -> Hypergradient[X, Theta]:
     r"""Returns the estimator that differentiates the outer loss through the solver, each time from the same start.
 
@@ -42,11 +58,17 @@ def through(
         outer: :math:`\ell`, ``(x, theta, *data) -> scalar``; data comes from ``update(theta, state, *data)``.
         start: :math:`x_0(\theta)`, ``theta -> x``, the learned start; the x0 of ``init`` is then not used and may be
             None. None: the x0 of ``init``, which has no derivative.
+        on_adjoint_failure: what becomes of the gradient where the adjoint solve failed, which ``info.status`` tells in
+            any case: "keep" it, "zero" (so that a training loop stands still), or "one_step", the gradient that
+            ``one_step`` would give.
+        error_estimate: fill ``info.error``, as ``diagnostics.hypergradient_error`` estimates it; off by default
+            because it costs two loose linear solves.
 
     Raises:
         TypeError: ``solver`` or ``start`` is none; at trace time, an outer loss that is not a real scalar, a theta that
             is not floating point, a bare ``until_converged``.
-        ValueError: a learned start for a derivative that does not see it.
+        ValueError: a learned start for a derivative that does not see it; an unknown policy, or one for a derivative
+            without an adjoint solve; an error estimate for an iteration without an operator.
 
     Cost: the solve, one gradient of the outer loss, and what the derivative costs.
 
@@ -66,15 +88,18 @@ def through(
     is_a("through", "solver", solver, Solver, "Make one with for_steps or until_converged.")
     is_callable("through", "outer", outer)
     check_start("through", start, solver)
+    trust = check_trust("through", solver, on_adjoint_failure, error_estimate)
 
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
-        gradient, _, info, walk = _update("through", solver, outer, theta, state, data, start)
+        gradient, _, info, walk = advance("through", solver, outer, theta, state, data, trust, start)
         return gradient, WarmState(state.x, None, walk), info
 
     return Hypergradient(_start("through", start), update, f"through({solver.name})")
 
 
-def warm_started(solver: Solver[X, Theta], outer: OuterLoss) -> Hypergradient[X, Theta]:
+def warm_started(
+    solver: Solver[X, Theta], outer: OuterLoss, *, on_adjoint_failure: str = "keep", error_estimate: bool = False
+) -> Hypergradient[X, Theta]:
     r"""Returns the estimator that starts inner and adjoint solve from those of the last update.
 
     When: theta moves little from one update to the next, so that few inner steps and few adjoint products are left to
@@ -84,9 +109,12 @@ def warm_started(solver: Solver[X, Theta], outer: OuterLoss) -> Hypergradient[X,
     Args:
         solver: with any derivative; ``implicit`` has an adjoint to be warm.
         outer: :math:`\ell`, ``(x, theta, *data) -> scalar``.
+        on_adjoint_failure: as in ``through``.
+        error_estimate: as in ``through``.
 
     Raises:
         TypeError: as ``through``.
+        ValueError: as ``through``.
 
     Cost: as ``through``, from a better start; the state holds x and the adjoint vector.
 
@@ -106,35 +134,65 @@ def warm_started(solver: Solver[X, Theta], outer: OuterLoss) -> Hypergradient[X,
     is_a("warm_started", "solver", solver, Solver, "Make one with for_steps or until_converged.")
     is_callable("warm_started", "outer", outer)
 
-    def init(theta: Theta, x0: X) -> WarmState:
-        state = _start("warm_started")(theta, x0)
-        return state if solver.adjoint is None else state._replace(adjoint=_tree.zeros_like(state.x))
+    trust = check_trust("warm_started", solver, on_adjoint_failure, error_estimate)
+
+    def init(theta: Theta, x0: X, *data: Any) -> WarmState:
+        return warm(_start("warm_started")(theta, x0), solver)
 
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
-        gradient, adjoint, info, walk = _update("warm_started", solver, outer, theta, state, data)
-        x = keep_finite(info.x, state.x)
-        if state.adjoint is not None:
-            adjoint = keep_finite(adjoint, state.adjoint)
-        return gradient, WarmState(x, adjoint, walk), info
+        return keep_warm(state, *advance("warm_started", solver, outer, theta, state, data, trust))
 
     return Hypergradient(init, update, f"warm_started({solver.name})")
 
 
+def warm(state: WarmState, solver: Solver) -> WarmState:
+    """The state with room for the adjoint, if the solver has one."""
+    return state if solver.adjoint is None else state._replace(adjoint=_tree.zeros_like(state.x))
+
+
+def keep_warm(state: WarmState, gradient: Any, adjoint: Any, info: Info, walk: Outer) -> tuple[Any, WarmState, Info]:
+    """What the update returns, the new solutions kept as the next start if they are finite."""
+    x = keep_finite(info.x, state.x)
+    if state.adjoint is not None:
+        adjoint = keep_finite(adjoint, state.adjoint)
+    return gradient, WarmState(x, adjoint, walk), info
+
+
+def check_trust(who: str, solver: Solver, on_adjoint_failure: str, error_estimate: bool) -> Trust:
+    """The options, checked against each other and the solver."""
+    if on_adjoint_failure not in ("keep", "zero", "one_step"):
+        raise ValueError(
+            f"{who}: on_adjoint_failure must be 'keep', 'zero' or 'one_step'; {on_adjoint_failure!r} came."
+        )
+    if on_adjoint_failure != "keep" and solver.adjoint is None:
+        raise ValueError(
+            f"{who}: on_adjoint_failure is {on_adjoint_failure!r}, but {solver.name} solves no adjoint system that "
+            f"could fail. Leave it out, or use implicit."
+        )
+    if error_estimate and solver.iteration.operator is None:
+        raise ValueError(
+            f"{who}: error_estimate compares with the gradient at the fixed point, and {solver.iteration.name} has no "
+            f"operator. Leave it out."
+        )
+    return Trust(on_adjoint_failure, error_estimate)
+
+
 def _start(who: str, start: Any = None) -> Callable[[Any, Any], WarmState]:
-    def init(theta: Any, x0: Any) -> WarmState:
+    def init(theta: Any, x0: Any, *data: Any) -> WarmState:
         differentiable(who, theta)
         return WarmState(first_start(who, start, x0), None, start_outer(theta))
 
     return init
 
 
-def _update(
+def advance(
     who: str,
     solver: Solver,
     outer: OuterLoss,
     theta: Any,
     state: WarmState,
     data: tuple[Any, ...],
+    trust: Trust,
     start: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any, Info, Outer]:
     """Gradient, adjoint vector (None without an adjoint system), info and the advanced outer walk."""
@@ -153,11 +211,25 @@ def _update(
     else:
         # The same mathematics as jax.grad of the implicit solver, spelled out because only so can the adjoint solve
         # start warm and report its residual.
-        solution = solver.adjoint.solve(state.x, theta)
+        solution = solver(state.x, theta)  # with its derivative, which a level above may want
         value, (x_gradient, theta_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(solution.x, theta)
         moved, adjoint, linear = solver.adjoint.pull_back(solution.x, theta, x_gradient, state.adjoint)
+        failed = linear.status >= Status.STEP_BUDGET_SPENT
+        if trust.on_adjoint_failure == "one_step":
+            operator = cast(Operator, solver.iteration.operator)  # an adjoint comes from an operator
+            moved = jax.lax.cond(
+                failed, lambda: pull_back(operator, identity(), solution.x, theta, x_gradient)[0], lambda: moved
+            )
         gradient = _tree.add(theta_gradient, moved)
+        if trust.on_adjoint_failure == "zero":
+            gradient = _tree.where(failed, _tree.zeros_like(gradient), gradient)
         residual, status = linear.residual, jnp.maximum(solution.status, linear.status)
     walk, change = advance_outer(state.outer, theta)
-    info = Info(value, solution.residual, residual, status, solution.num_steps, change, solution.history, solution.x)
+    error = None
+    if trust.error_estimate:
+        operator = cast(Operator, solver.iteration.operator)  # as check_trust has seen to
+        error = estimate_error(operator, loss, solution.x, theta, gradient, adjoint).error
+    info = Info(
+        value, solution.residual, residual, status, solution.num_steps, change, solution.history, solution.x, error
+    )
     return gradient, adjoint, info, walk

@@ -1,0 +1,80 @@
+"""How far a hypergradient is from the true one: one Newton correction of inner and adjoint solution, and the change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .. import _tree
+from .._types import Status, Theta, X
+from ..linear import LinearSolver, cg, gmres
+from ..operators import Operator
+from ..operators._operator import displacement
+
+_SAFETY = 2.0
+
+
+class ErrorEstimate(NamedTuple):
+    """What is known of the error of a hypergradient.
+
+    Attributes:
+        error: an estimate, on the safe side, of ``||gradient - true hypergradient||``; infinite where a correction
+            failed.
+        corrected: the hypergradient after the correction, more exact than the one that came.
+        inner_error: an estimate of ``||x - x(theta)||``.
+        status: the worse code of the two linear solves of the correction.
+    """
+
+    error: Array
+    corrected: Any
+    inner_error: Array
+    status: Array
+
+
+def estimate_error(
+    operator: Operator[X, Theta],
+    loss: Callable[[X, Theta], Any],
+    x: X,
+    theta: Theta,
+    gradient: Theta,
+    adjoint: X | None = None,
+    linear_solver: LinearSolver | None = None,
+) -> ErrorEstimate:
+    """See ``diagnostics.hypergradient_error``; ``adjoint`` is the adjoint vector, if there is one to be corrected."""
+    if linear_solver is None:
+        linear_solver = cg(tol=1e-3) if operator.symmetric else gmres(tol=1e-3)
+    x, theta, gradient = jax.lax.stop_gradient((x, theta, gradient))
+
+    def miss(x: X, theta: Theta) -> X:
+        return displacement(operator, x, theta)
+
+    away, push = jax.linearize(lambda x: miss(x, theta), x)
+    step, inner = linear_solver(push, away)
+    better = _tree.subtract(x, step)
+
+    left, pull = jax.vjp(miss, better, theta)
+    x_gradient, theta_gradient = jax.grad(loss, argnums=(0, 1))(better, theta)
+
+    def transposed(v: X) -> X:
+        return pull(v)[0]
+
+    guess = _tree.zeros_like(x) if adjoint is None else jax.lax.stop_gradient(adjoint)
+    # A correction of the guess is solved for, so that the tolerance is relative to what is left to correct.
+    correction, outer = linear_solver(transposed, _tree.subtract(x_gradient, transposed(guess)))
+    corrected = _tree.subtract(theta_gradient, pull(_tree.add(guess, correction))[1])
+
+    # What the correction left undone, because it is linear and its solve loose, goes into the margin.
+    rest, size = _tree.norm(left), _tree.norm(away)
+    undone = jnp.where(size > 0, rest / jnp.where(size > 0, size, jnp.ones_like(size)), jnp.zeros_like(size))
+    rounding = 10 * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(gradient)) * _tree.norm(gradient)
+    change = _tree.norm(_tree.subtract(corrected, gradient)) + rounding
+    tiny = rest <= 100 * jnp.finfo(rest.dtype).eps * (1 + _tree.norm(x))  # nothing but rounding is left to correct
+    error = _SAFETY * change / jnp.where(tiny, 1.0, jnp.maximum(1.0 - undone, 0.0))
+    status = jnp.maximum(inner.status, outer.status)
+    failed = (status >= Status.STEP_BUDGET_SPENT) | ~jnp.isfinite(error)
+    error = jnp.where(failed, jnp.full_like(error, jnp.inf), error)
+    return ErrorEstimate(error, corrected, _tree.norm(step), status)

@@ -1,0 +1,94 @@
+"""Hypergradients whose exactness grows with the outer walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .._checks import coefficient, count, is_a, is_callable
+from .._types import Coefficient, Scalar, State, Step, Theta, X
+from ..derivatives import implicit
+from ..iterations import Iteration
+from ..linear import LinearSolver, cg, gmres
+from ..solvers import Solver, until_converged
+from ._estimator import Hypergradient, Info
+from ._through import OuterLoss, WarmState, _start, advance, check_trust, keep_warm, warm
+
+
+def _quadratic(k: Step) -> Any:
+    return 0.1 / (k.astype(float) + 1.0) ** 2
+
+
+def hoag(
+    iteration: Iteration[X, Theta],
+    outer: OuterLoss,
+    *,
+    tol: Coefficient = _quadratic,
+    max_steps: int = 1000,
+    linear_solver: Callable[[Scalar], LinearSolver] | None = None,
+    on_adjoint_failure: str = "keep",
+    error_estimate: bool = False,
+) -> Hypergradient[X, Theta]:
+    r"""Returns HOAG: inner and adjoint solve are as exact as the outer step deserves, and start from the last ones.
+
+    .. math:: \|x_t - T(x_t, \theta_t)\| \le \varepsilon_t, \quad
+        \|(I - \partial_x T)^\top v_t - \nabla_x \ell\| \le \varepsilon_t \|\nabla_x \ell\|, \quad
+        g_t = \nabla_\theta \ell + \partial_\theta T^\top v_t
+
+    When: an implicit hypergradient, many outer updates: the first ones need no digits, and with summable
+    :math:`\varepsilon_t` the outer walk converges as with exact hypergradients.
+
+    Args:
+        iteration: the inner walk; it needs an operator.
+        outer: :math:`\ell`, ``(x, theta, *data) -> scalar``.
+        tol: :math:`\varepsilon_t > 0`, decreasing and summable, a number, a schedule of the update number, or a
+            function of theta; default :math:`0.1 / (t + 1)^2`. Let it end above the rounding of the dtype.
+        max_steps: budget of each inner solve, at least 1.
+        linear_solver: ``tolerance -> LinearSolver``, for instance ``lambda tol: odl.linear.bicgstab(tol=tol)``.
+            Default: conjugate gradients where the operator is declared symmetric, else GMRES.
+        on_adjoint_failure: as in ``through``.
+        error_estimate: as in ``through``.
+
+    Raises:
+        TypeError: ``iteration`` is none or has no operator; ``linear_solver`` is no function.
+        ValueError: a tolerance that is not positive, a step budget below 1, an unknown policy.
+
+    Cost: as ``warm_started`` with an implicit solver; the tolerances are data, so nothing compiles again.
+
+    Source: Pedregosa (2016), algorithm 1. Differs: both tolerances are those of this library, on the operator's
+    residual and relative to the right-hand side; the step size of theta belongs to optax.
+
+    Example:
+        >>> import jax, odljax as odl
+        >>> inner = odl.gradient_descent(lambda x, theta: 0.5 * (x - theta) ** 2, step_size=0.5)
+        >>> hyper = odl.hypergradients.hoag(inner, lambda x, theta: 0.5 * (x - 1.0) ** 2)
+        >>> theta, state, update = 0.0, hyper.init(0.0, 4.0), jax.jit(hyper.update)
+        >>> for _ in range(30):
+        ...     gradient, state, info = update(theta, state)
+        ...     theta = theta - 0.5 * gradient
+        >>> round(float(theta), 2)
+        1.0
+    """
+    who = "hoag"
+    is_a(who, "iteration", iteration, Iteration, "Wrap a map T(x, theta) in odl.fixed_point(T).")
+    is_callable(who, "outer", outer)
+    tolerance = coefficient(who, "tol", tol)
+    max_steps = count(who, "max_steps", max_steps)
+    if linear_solver is None:
+        symmetric = iteration.operator is not None and iteration.operator.symmetric
+        linear_solver = (lambda tol: cg(tol=tol)) if symmetric else (lambda tol: gmres(tol=tol))
+    is_callable(who, "linear_solver", linear_solver, "tol")
+
+    def solver_at(tol: Scalar) -> Solver[X, Theta]:
+        return implicit(until_converged(iteration, tol=tol, max_steps=max_steps), linear_solver(tol))
+
+    trust = check_trust(who, solver_at(1.0), on_adjoint_failure, error_estimate)
+
+    def init(theta: Theta, x0: X, *data: Any) -> WarmState:
+        return warm(_start(who)(theta, x0), solver_at(1.0))
+
+    def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
+        solver = solver_at(tolerance(theta, state.outer.t))
+        return keep_warm(state, *advance(who, solver, outer, theta, state, data, trust))
+
+    return Hypergradient(init, update, f"hoag({iteration.name})")

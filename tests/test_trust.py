@@ -1,0 +1,224 @@
+"""The truth about the error: its estimate, tolerances tied to the outer step, failed adjoints, and the comparison."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import config
+
+import odljax as odl
+from odljax.hypergradients import hoag, through, warm_started
+
+
+@pytest.fixture
+def as_a_user_has_it():
+    """Without the type checker, which the tests bring and which would speak first."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+SIZE = 8
+ROWS, CHECK_ROWS = np.random.default_rng(0).standard_normal((2, 3 * SIZE, SIZE))
+LABELS, CHECK_LABELS = np.sign(np.random.default_rng(1).standard_normal((2, 3 * SIZE)))
+
+
+def quadratic(scales, x, theta):
+    residual = ROWS @ (scales * x) - LABELS
+    return 0.5 * jnp.mean(residual**2) + 0.5 * jnp.exp(theta) * jnp.min(scales) ** 2 * jnp.sum(x**2)
+
+
+def logistic(scales, x, theta):
+    margin = LABELS * (ROWS @ (scales * x))
+    return jnp.mean(jax.nn.softplus(-margin)) + 0.5 * jnp.exp(theta) * jnp.min(scales) ** 2 * jnp.sum(x**2)
+
+
+def outer(x, theta):
+    return jnp.mean(jax.nn.softplus(-CHECK_LABELS * (CHECK_ROWS @ x))) + 0.1 * jnp.cos(theta)
+
+
+def truth(objective, theta):
+    """Newton's method to rounding, then a dense adjoint solve."""
+    x = jnp.zeros(SIZE)
+    for _ in range(60):
+        step = jnp.linalg.solve(jax.hessian(objective)(x, theta), jax.grad(objective)(x, theta))
+        x = x - step / (1 + jnp.linalg.norm(step))
+    v = jnp.linalg.solve(jax.hessian(objective)(x, theta), jax.grad(outer)(x, theta))
+    return jax.grad(outer, argnums=1)(x, theta) - jax.jacfwd(jax.grad(objective), argnums=1)(x, theta) @ v
+
+
+@pytest.mark.parametrize("loss", [quadratic, logistic])
+def test_error_estimate_bounds_the_error_and_is_near_it(loss):
+    """Conditions to 1e5, inner and adjoint tolerances from loose to tight, or a spent budget."""
+    theta = jnp.asarray(0.3)
+
+    @jax.jit
+    def report(scales, tol, adjoint_tol):
+        objective = functools.partial(loss, scales)
+        iteration = odl.nesterov(odl.gradient_descent(objective, 0.3))
+        solver = odl.until_converged(iteration, tol=tol * jnp.min(scales), max_steps=3000)
+        solver = odl.implicit(solver, odl.linear.cg(tol=adjoint_tol))
+        hyper = through(solver, outer, error_estimate=True)
+        gradient, _, info = hyper.update(theta, hyper.init(theta, jnp.zeros(SIZE)))
+        return gradient, info.error
+
+    exact = jax.jit(lambda scales: truth(functools.partial(loss, scales), theta))
+    ratios = []
+    for condition in (1e1, 1e3, 1e5):
+        scales = jnp.geomspace(condition**-0.5, 1.0, SIZE)
+        reference = exact(scales)
+        for tol, adjoint_tol in itertools.product((1e-1, 1e-2, 1e-4, 1e-6), (1e-1, 1e-3, 1e-6, 1e-9)):
+            gradient, error = report(scales, tol, adjoint_tol)
+            ratios.append(float(error) / float(jnp.abs(gradient - reference)))
+    assert min(ratios) >= 1.0, ratios
+    assert np.exp(np.mean(np.log(ratios))) <= 10.0, ratios
+
+
+@pytest.mark.parametrize("name", ["ridge", "lasso"])
+def test_error_estimate_of_biased_estimators(name):
+    """One step, truncated, unrolled short, on symmetric and non-symmetric operators; the corrected one is better."""
+    problem = getattr(odl.problems, name)(30, 5)
+    exact = problem.hypergradient(problem.theta)
+    iteration = odl.gradient_descent(problem.objective, problem.step_size)
+    if problem.prox is not None:
+        iteration = odl.proximal_gradient(problem.objective, problem.prox, problem.step_size)
+    long, short = odl.for_steps(iteration, 100), odl.for_steps(iteration, 20)
+    solvers = [odl.one_step(long), odl.truncated(long, num_steps=5), odl.unrolled(short), odl.implicit(short)]
+    for solver in solvers:
+        hyper = through(solver, problem.outer)
+        gradient, _, info = jax.jit(hyper.update)(problem.theta, hyper.init(problem.theta, problem.x0))
+        report = jax.jit(
+            lambda x, g, solver=solver: odl.diagnostics.hypergradient_error(solver, problem.outer, x, problem.theta, g)
+        )(info.x, gradient)
+        error = float(jnp.abs(gradient - exact))
+        assert error <= float(report.error) <= 10 * error
+        assert float(jnp.abs(report.corrected - exact)) <= 0.01 * error
+        inside = float(jnp.linalg.norm(info.x - problem.solution(problem.theta)))
+        np.testing.assert_allclose(report.inner_error, inside, rtol=0.05, atol=1e-12)
+
+
+def test_error_estimate_does_not_promise_what_it_cannot_know():
+    """Where the linear solve fails, or Newton's step does not shrink the residual, the error is infinite."""
+    report = odl.diagnostics.hypergradient_error(lambda x, t: x + t, lambda x, t: x**2, 1.0, 1.0, 0.0)
+    assert report.error == jnp.inf
+    wild = lambda x, theta: x - jnp.arctan(x - theta)  # Newton overshoots from afar
+    report = odl.diagnostics.hypergradient_error(wild, lambda x, t: x**2, 9.0, 1.0, 18.0)
+    assert report.error == jnp.inf
+    walk = odl.aggregate(wild, lambda x, t: x**2, step_size=0.1)
+    with pytest.raises(TypeError, match="inner needs an operator, and aggregate"):
+        odl.diagnostics.hypergradient_error(walk, lambda x, t: x**2, 1.0, 1.0, 0.0)
+
+
+RIDGE = odl.problems.ridge(30, 5)
+DESCENT = odl.gradient_descent(RIDGE.objective, RIDGE.step_size)
+
+
+def test_failed_adjoint_policies():
+    """Two steps of conjugate gradients are too few: kept, zeroed or replaced, and always told."""
+    solver = odl.until_converged(DESCENT, tol=1e-12, max_steps=500)
+    failing = odl.implicit(solver, odl.linear.cg(tol=1e-12, max_steps=2))
+    sound = odl.implicit(solver)
+
+    @jax.jit
+    def gradients():
+        results = {}
+        for policy, make in itertools.product(("keep", "zero", "one_step"), (through, warm_started)):
+            for name, one in (("failing", failing), ("sound", sound)):
+                hyper = make(one, RIDGE.outer, on_adjoint_failure=policy)
+                gradient, _, info = hyper.update(RIDGE.theta, hyper.init(RIDGE.theta, RIDGE.x0))
+                results[policy, make.__name__, name] = gradient, info.status
+        hyper = through(odl.one_step(solver), RIDGE.outer)
+        return results, hyper.update(RIDGE.theta, hyper.init(RIDGE.theta, RIDGE.x0))[0]
+
+    results, one_step = gradients()
+    exact = RIDGE.hypergradient(RIDGE.theta)
+    for (policy, _, name), (gradient, status) in results.items():
+        if name == "sound":
+            assert int(status) == odl.Status.CONVERGED
+            np.testing.assert_allclose(gradient, exact, rtol=1e-9)
+            continue
+        assert int(status) == odl.Status.STEP_BUDGET_SPENT
+        if policy == "keep":
+            assert 1e-9 < float(jnp.abs(gradient - exact)) < 0.1 * float(jnp.abs(exact))
+        else:
+            np.testing.assert_allclose(gradient, 0.0 if policy == "zero" else one_step, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("as_a_user_has_it")
+def test_options_that_cannot_go_together_are_refused():
+    unrolled = odl.unrolled(odl.for_steps(DESCENT, 5))
+    with pytest.raises(ValueError, match="on_adjoint_failure must be 'keep', 'zero' or 'one_step'; 'ignore' came"):
+        through(unrolled, RIDGE.outer, on_adjoint_failure="ignore")
+    with pytest.raises(ValueError, match=r"unrolled\(for_steps\(gradient_descent\)\) solves no adjoint system"):
+        warm_started(unrolled, RIDGE.outer, on_adjoint_failure="zero")
+    walk = odl.for_steps(odl.aggregate(DESCENT, RIDGE.outer, step_size=0.1), 5)
+    with pytest.raises(ValueError, match="error_estimate compares with the gradient at the fixed point"):
+        through(walk, RIDGE.outer, error_estimate=True)
+    with pytest.raises(ValueError, match="tol must lie in"):
+        hoag(DESCENT, RIDGE.outer, tol=-1.0)
+    with pytest.raises(TypeError, match="until_converged: the residual of an operator is tested"):
+        hoag(odl.aggregate(DESCENT, RIDGE.outer, step_size=0.1), RIDGE.outer)
+    with pytest.raises(TypeError, match="linear_solver must be a function of"):
+        hoag(DESCENT, RIDGE.outer, linear_solver=odl.linear.dense)
+
+
+def regularised(x, theta):
+    return RIDGE.outer(x, theta) + 0.1 * theta**2
+
+
+def descend(hyper, num_updates, rate):
+    tx = optax.sgd(rate)
+
+    def body(carry, _):
+        theta, state, opt_state = carry
+        gradient, state, info = hyper.update(theta, state)
+        updates, opt_state = tx.update(gradient, opt_state)
+        return (optax.apply_updates(theta, updates), state, opt_state), info._replace(x=None)
+
+    start = (RIDGE.theta, hyper.init(RIDGE.theta, RIDGE.x0), tx.init(RIDGE.theta))
+    (theta, *_), infos = jax.lax.scan(body, start, length=num_updates)
+    return theta, infos
+
+
+def test_hoag_ties_its_tolerances_to_the_outer_step():
+    """It ends where exact hypergradients end, with fewer inner steps, each residual within its own tolerance."""
+    schedule = lambda k: 1e-2 * jnp.exp(-0.2 * k.astype(float))
+    walk, infos = jax.jit(lambda: descend(hoag(DESCENT, regularised, tol=schedule, error_estimate=True), 60, 1.0))()
+    solver = odl.implicit(odl.until_converged(DESCENT, tol=1e-10, max_steps=1000))
+    exact, full = jax.jit(lambda: descend(through(solver, regularised), 60, 1.0))()
+    tolerances = schedule(np.arange(60))
+    assert np.all(np.asarray(infos.inner_residual) <= tolerances)
+    assert np.all(np.asarray(infos.adjoint_residual) <= 10 * tolerances)
+    assert int(infos.status.max()) == odl.Status.CONVERGED
+    np.testing.assert_allclose(walk, exact, atol=1e-6)
+    assert int(infos.num_steps.sum()) < 0.2 * int(full.num_steps.sum())
+    assert infos.error[-1] < 1e-3 * infos.error[0]
+
+
+def test_compare():
+    solver = odl.until_converged(DESCENT, tol=1e-10, max_steps=500)
+    estimators = {
+        "exact": through(odl.implicit(solver), RIDGE.outer),
+        "one step": through(odl.one_step(solver), RIDGE.outer),
+        "soba": odl.hypergradients.soba(RIDGE.objective, RIDGE.outer, step_size=RIDGE.step_size),
+    }
+    run = functools.partial(odl.diagnostics.compare, estimators, RIDGE.theta, RIDGE.x0, num_updates=200, rounds=2)
+    table = run(reference=RIDGE.hypergradient(RIDGE.theta))
+    assert table.errors[0] < 1e-8
+    assert table.errors[1] > 1e-2
+    assert table.errors[2] < 1e-6  # at a fixed theta the single loop arrives
+    assert table.statuses == [odl.Status.CONVERGED, odl.Status.COMPLETED, odl.Status.COMPLETED]
+    np.testing.assert_allclose(table.values, float(RIDGE.value(RIDGE.theta)), rtol=1e-6)
+    assert all(size > 0 for size in table.num_bytes + table.seconds + table.compile_seconds)
+    lines = str(table).splitlines()
+    assert len(lines) == 4
+    assert lines[0].split() == ["estimator", "value", "gradient", "error", "ms", "compile", "ms", "KiB", "status"]
+    assert lines[1].split()[-1] == "CONVERGED"
+    with pytest.raises(ValueError, match="reference is 'gone', but the estimators are exact, one step, soba"):
+        run(reference="gone")
+    with pytest.raises(ValueError, match="needs at least one estimator"):
+        odl.diagnostics.compare({}, 0.0, 0.0)
