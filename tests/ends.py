@@ -61,3 +61,33 @@ def meta(problem, name, num_steps, penalty=1.0):
         return w + np.einsum("nij,ni->j", carried, x - p.c) / len(x)
 
     return root(gradient, len(problem.theta))
+
+
+def alternating(problem):
+    """The partial derivative of F in theta is theta itself."""
+    return np.zeros(len(problem.theta))
+
+
+def value_gap(problem, penalty):
+    """x minimises F + gamma f: x = B theta + z + d, (I + gamma H) d = -(B theta + z - c)."""
+    p = Parts(problem)
+    one = np.eye(len(p.z))
+
+    def gradient(w):
+        d = np.linalg.solve(one + penalty * p.H, p.c.mean(0) - p.B @ w - p.z)
+        return w - penalty * p.B.T @ p.H @ d
+
+    return root(gradient, len(problem.theta))
+
+
+def envelope(problem, penalty, smoothing=1.0):
+    """x minimises F / c + f - v, and f - v is d'M d / 2, d the distance of x to the inner solution."""
+    p = Parts(problem)
+    one = np.eye(len(p.z))
+    M = p.H - p.H @ np.linalg.inv(one + smoothing * p.H)  # f(x) - f(w) has slope H d - H (I + gamma H)^-1 d
+
+    def gradient(w):
+        d = np.linalg.solve(one / penalty + M, (p.c.mean(0) - p.B @ w - p.z) / penalty)
+        return w / penalty - p.B.T @ M @ d
+
+    return root(gradient, len(problem.theta))

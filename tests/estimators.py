@@ -48,18 +48,33 @@ def _of_tasks(name, num_steps, **options):
 
 
 ESTIMATORS = {
+    "alternating": Row(
+        lambda f, F, a: h.alternating(f, F, step_size=a), rate=0.2, num_updates=300, end=ends.alternating
+    ),
     "anil": _of_tasks("anil", 2),
+    "bamm": Row(lambda f, F, a: h.bamm(f, F, step_size=a, weight=lambda k: 0.5 * 0.95 ** k.astype(float))),
     "bda": Row(
         lambda f, F, a: h.bda(f, F, step_size=a, num_steps=60, weight=lambda k: 0.5 ** (k.astype(float) + 1)),
         num_updates=120,
         rate=0.3,
     ),
+    "bome": Row(
+        lambda f, F, a: h.bome(f, F, step_size=a / 25, inner_step_size=a), rate=0.02, num_updates=1000, tolerance=0.02
+    ),
+    "bvfsm": Row(lambda f, F, a: h.bvfsm(f, F, step_size=a, num_steps=20, num_barrier_steps=5), tolerance=0.1),
     "finite_difference": Row(
         lambda f, F, a: h.finite_difference(f, F, step_size=a), rate=0.2, end=ends.finite_difference
     ),
     "fomaml": _of_tasks("fomaml", 2),
+    "gap_function": Row(
+        lambda f, F, a: h.gap_function(f, F, step_size=a, penalty=5.0), rate=0.2, end=lambda p: ends.envelope(p, 5.0)
+    ),
     "imaml": _of_tasks("imaml", 100, penalty=1.0),
     "maml": _of_tasks("maml", 2),
+    "meha": Row(lambda f, F, a: h.meha(f, F, step_size=a, penalty=5.0), rate=0.2, end=lambda p: ends.envelope(p, 5.0)),
+    "pbgd": Row(
+        lambda f, F, a: h.pbgd(f, F, step_size=a, penalty=5.0, warm_start=True), end=lambda p: ends.value_gap(p, 5.0)
+    ),
     "rank_one": Row(
         lambda f, F, a: h.rank_one(f, F, step_size=a), num_updates=150, rate=0.2, problem=odl.problems.finite_sum(24, 1)
     ),
@@ -69,3 +84,6 @@ ESTIMATORS = {
 
 # Estimators of solvers: their conformance is the derivative matrix of test_hypergradients.
 OF_SOLVERS = {"through", "warm_started", "hodl", "hoag"}
+
+# What the face offers beside estimators.
+HELPERS = {"bamm_rate"}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from estimators import ESTIMATORS, OF_SOLVERS, Row
+from estimators import ESTIMATORS, HELPERS, OF_SOLVERS, Row
 from jaxtyping import config
 
 import odljax as odl
@@ -51,7 +51,7 @@ def signature(tree):
 
 def test_every_estimator_of_the_face_is_registered():
     names = {name for name in odl.hypergradients.__all__ if name[0].islower()}
-    assert names == set(ESTIMATORS) | OF_SOLVERS
+    assert names == set(ESTIMATORS) | OF_SOLVERS | HELPERS
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
