@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -252,10 +252,10 @@ def hypergradient_error(
     """
     who = "hypergradient_error"
     is_callable(who, "outer", outer)
-    holder = inner.iteration if isinstance(inner, Solver) else inner
-    operator = holder.operator if isinstance(holder, Iteration) else as_operator(holder)
-    if operator is None:
-        raise TypeError(f"{who}: inner needs an operator, and {holder.name} has none: it has no fixed point.")
+    walk = inner.iteration if isinstance(inner, Solver) else inner
+    if isinstance(walk, Iteration) and walk.operator is None:
+        raise TypeError(f"{who}: inner needs an operator, and {walk.name} has none: it has no fixed point.")
+    operator = walk.operator if isinstance(walk, Iteration) else as_operator(walk)
     differentiable(who, theta)
     x, theta = as_inner(who, "x", x), _tree.strong(theta)
     gradient = same_as(who, "the gradient", gradient, theta, "theta")
@@ -263,7 +263,7 @@ def hypergradient_error(
     def loss(x: X, theta: Theta) -> Array:
         return scalar(who, "the outer loss", outer(x, theta, *data))
 
-    return estimate_error(operator, loss, x, theta, gradient, None, linear_solver)
+    return estimate_error(cast(Operator, operator), loss, x, theta, gradient, None, linear_solver)
 
 
 class Comparison(NamedTuple):
