@@ -47,6 +47,12 @@ def _of_tasks(name, num_steps, **options):
     return Row(build, num_updates=300, rate=0.3, end=lambda p: ends.meta(p, name, num_steps), tasks=True)
 
 
+def _randomly_cut(name, **options):
+    """The mean of the series is that of three terms; its random length makes noise without minibatches too."""
+    build = lambda f, F, a, **o: getattr(h, name)(f, F, step_size=a, num_terms=3, **options, **o)
+    return Row(build, stochastic=True, rate=0.02, tolerance=0.2, end=lambda p: ends.neumann(p, 3))
+
+
 ESTIMATORS = {
     "alternating": Row(
         lambda f, F, a: h.alternating(f, F, step_size=a), rate=0.2, num_updates=300, end=ends.alternating
@@ -80,10 +86,42 @@ ESTIMATORS = {
     ),
     "reptile": _of_tasks("reptile", 2),
     "soba": Row(lambda f, F, a, **o: h.soba(f, F, step_size=a, **o), stochastic=True),
+    "saba": Row(lambda f, F, a, **o: h.saba(f, F, step_size=a, **o), stochastic=True),
+    "srba": Row(lambda f, F, a, **o: h.srba(f, F, step_size=a, **o), stochastic=True),
+    "fsla": Row(lambda f, F, a, **o: h.fsla(f, F, step_size=a, **o), stochastic=True),
+    "amigo": Row(
+        lambda f, F, a, **o: h.amigo(f, F, step_size=a, num_steps=2, num_adjoint_steps=3, **o), stochastic=True
+    ),
+    "stocbio": Row(
+        lambda f, F, a, **o: h.stocbio(f, F, step_size=a, num_steps=2, num_adjoint_steps=3, **o),
+        stochastic=True,
+        end=lambda p: ends.neumann(p, 4),
+    ),
+    "bsa": _randomly_cut("bsa", num_steps=2),
+    "ttsa": _randomly_cut("ttsa"),
+    "sustain": _randomly_cut("sustain"),
+    "mrbo": Row(
+        lambda f, F, a, **o: h.mrbo(f, F, step_size=a, num_adjoint_steps=3, **o),
+        stochastic=True,
+        end=lambda p: ends.neumann(p, 4),
+    ),
+    "vrbo": Row(
+        lambda f, F, a, **o: h.vrbo(f, F, step_size=a, num_steps=2, num_adjoint_steps=3, **o),
+        stochastic=True,
+        end=lambda p: ends.neumann(p, 4),
+    ),
+    "f2sa": Row(
+        lambda f, F, a, **o: h.f2sa(f, F, step_size=a, num_steps=3, penalty=5.0, penalty_increment=0.0, **o),
+        stochastic=True,
+        end=lambda p: ends.value_gap(p, 5.0),
+    ),
+    "pzobo": Row(  # noisy in any case: the floor is the subject of test_stochastic
+        lambda f, F, a, **o: h.pzobo(f, F, step_size=a, num_steps=5, **o), stochastic=True, rate=0.02, tolerance=0.2
+    ),
 }
 
 # Estimators of solvers: their conformance is the derivative matrix of test_hypergradients.
-OF_SOLVERS = {"through", "warm_started", "hodl", "hoag"}
+OF_SOLVERS = {"through", "warm_started", "hodl", "hoag", "pessimistic"}
 
 # What the face offers beside estimators.
 HELPERS = {"bamm_rate"}

@@ -64,7 +64,7 @@ def forward(solver: Solver[X, Theta]) -> Solver[X, Theta]:
         x, rest = _accumulated(function, (x0, theta, *captured))
         return rest._replace(x=x)
 
-    return dataclasses.replace(solver, solve=solve, derivative="forward", adjoint=None)
+    return dataclasses.replace(solver, solve=solve, derivative="forward", adjoint=None, differentiate=forward)
 
 
 def _bare(solver: Solver) -> Solver:

@@ -90,7 +90,7 @@ def implicit(
         return solution._replace(x=x)
 
     adjoint = Adjoint(primal, partial(pull_back, operator, linear_solver))
-    return dataclasses.replace(solver, solve=solve, derivative="implicit", adjoint=adjoint)
+    return dataclasses.replace(solver, solve=solve, derivative="implicit", adjoint=adjoint, differentiate=None)
 
 
 def one_step(solver: Solver[X, Theta]) -> Solver[X, Theta]:

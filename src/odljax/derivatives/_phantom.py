@@ -71,4 +71,4 @@ def phantom(solver: Solver[X, Theta], num_steps: int, damping: Scalar = 0.5) -> 
 
         return from_the_solution(solver, x0, theta, walk)
 
-    return dataclasses.replace(solver, solve=solve, derivative="phantom", adjoint=None)
+    return dataclasses.replace(solver, solve=solve, derivative="phantom", adjoint=None, differentiate=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -101,7 +102,8 @@ def unrolled(
         return stopping_finish(carry, jax.tree.map(lambda column: column[:num_steps], rows))
 
     solve = fixed if solver.tolerance is None else stopping
-    return dataclasses.replace(solver, solve=solve, derivative="unrolled", adjoint=None)
+    again = partial(unrolled, checkpoint_every=checkpoint_every, memory_budget=memory_budget)
+    return dataclasses.replace(solver, solve=solve, derivative="unrolled", adjoint=None, differentiate=again)
 
 
 def truncated(solver: Solver[X, Theta], *, num_steps: int) -> Solver[X, Theta]:
@@ -167,7 +169,7 @@ def truncated(solver: Solver[X, Theta], *, num_steps: int) -> Solver[X, Theta]:
         return from_the_solution(solver, x0, theta, walk)
 
     solve = fixed if solver.tolerance is None else stopping
-    return dataclasses.replace(solver, solve=solve, derivative="truncated", adjoint=None)
+    return dataclasses.replace(solver, solve=solve, derivative="truncated", adjoint=None, differentiate=None)
 
 
 def from_the_solution(solver: Solver, x0: Any, theta: Any, walk: Callable[[Solution], Any]) -> Solution:

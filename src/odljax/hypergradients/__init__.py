@@ -10,6 +10,7 @@ from ._hoag import hoag
 from ._hodl import hodl
 from ._meta import anil, fomaml, imaml, maml, reptile
 from ._multiplier import bamm, bamm_rate
+from ._pessimistic import pessimistic
 from ._soba import soba
 from ._through import through, warm_started
 from ._value_function import bome, bvfsm, pbgd
@@ -34,6 +35,7 @@ __all__ = [
     "maml",
     "meha",
     "pbgd",
+    "pessimistic",
     "rank_one",
     "reptile",
     "soba",

@@ -89,6 +89,7 @@ class Solver(Generic[X, Theta]):
         record: ``(x, theta, k) -> pytree``, recorded at each iterate, or None.
         derivative: the name of its differentiation rule.
         adjoint: for implicit rules, the solve without and the pull-back with the adjoint system; else None.
+        differentiate: puts the same rule, where it is one of the steps, on another solver; else None.
     """
 
     solve: Callable[[X, Theta], Solution]
@@ -99,6 +100,7 @@ class Solver(Generic[X, Theta]):
     record: Record | None = None
     derivative: str = "none"
     adjoint: Adjoint | None = None
+    differentiate: Callable[[Solver[Any, Any]], Solver[Any, Any]] | None = None
 
     def __call__(self, x0: X, theta: Theta) -> Solution:
         return self.solve(as_inner(self.name, "x0", x0), theta)
