@@ -91,6 +91,7 @@ def layer_of(module):
         {"_tree"},
         {"_checks"},
         {"prox", "linear", "sampling"},
+        {"_lineage"},
         {"problems", "operators"},
         {"networks", "iterations"},
         {"solvers"},

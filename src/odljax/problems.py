@@ -16,15 +16,23 @@ from jax import Array
 
 from . import prox
 from ._checks import count, number, record
+from ._lineage import LINEAGE, Lineage, lineage_bamm, lineage_iaptt, lineage_l1, lineage_pbgd, lineage_sine
 from ._types import Scalar
 
 __all__ = [
+    "LINEAGE",
     "PROBLEMS",
     "FiniteSum",
+    "Lineage",
     "Problem",
     "finite_sum",
     "lasso",
     "line",
+    "lineage_bamm",
+    "lineage_iaptt",
+    "lineage_l1",
+    "lineage_pbgd",
+    "lineage_sine",
     "p_c",
     "p_c_minimiser",
     "quadratic",
