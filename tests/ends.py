@@ -91,3 +91,11 @@ def envelope(problem, penalty, smoothing=1.0):
         return w / penalty - p.B.T @ M @ d
 
     return root(gradient, len(problem.theta))
+
+
+def neumann(problem, num_terms):
+    """The adjoint is a series of num_terms: v = -(I - (I - a H)^n) H^-1 (x - c)."""
+    p, a = Parts(problem), problem.step_size
+    one = np.eye(len(p.z))
+    series = (one - np.linalg.matrix_power(one - a * p.H, num_terms)) @ np.linalg.inv(p.H)
+    return root(lambda w: w + p.B.T @ p.H @ series @ (p.B @ w + p.z - p.c.mean(0)), len(problem.theta))

@@ -23,6 +23,9 @@ class Minibatches:
         start: ``data -> state``.
         inner: ``(state, data) -> (arguments, state)``, a fresh inner minibatch.
         outer: the same for the outer loss.
+        numbered_inner: ``(state, data) -> (batch, arguments, state)``, with what the sampler calls the batch; None
+            where everything is taken.
+        numbered_outer: the same for the outer loss.
         whole: ``data -> (inner arguments, outer arguments)``, all of the data.
         samplers: ``data -> (inner sampler, outer sampler)``; None where everything is taken.
         name: what messages call it.
@@ -31,6 +34,8 @@ class Minibatches:
     start: Callable[[Arguments], Any]
     inner: Callable[[Any, Arguments], tuple[Arguments, Any]]
     outer: Callable[[Any, Arguments], tuple[Arguments, Any]]
+    numbered_inner: Callable[[Any, Arguments], tuple[Any, Arguments, Any]]
+    numbered_outer: Callable[[Any, Arguments], tuple[Any, Arguments, Any]]
     whole: Callable[[Arguments], tuple[Arguments, Arguments]]
     samplers: Callable[[Arguments], tuple[Sampler | None, Sampler | None]]
     name: str = "minibatches"
@@ -68,11 +73,20 @@ def minibatches(
         def drawn(state: Any, data: Arguments) -> Any:
             sampler, arguments = samplers(data)[side], pair(who, data)[side]
             if sampler is None:
-                return arguments, state
+                return None, arguments, state
             batch, moved = sampler.draw(state[side])
             state = (moved, state[1]) if side == 0 else (state[0], moved)
-            return (sampler.take(arguments[0], batch),), state
+            return batch, (sampler.take(arguments[0], batch),), state
 
         return drawn
 
-    return Minibatches(start, draw(0), draw(1), lambda data: pair(who, data), samplers)
+    inner, outer = draw(0), draw(1)
+    return Minibatches(
+        start=start,
+        inner=lambda state, data: inner(state, data)[1:],
+        outer=lambda state, data: outer(state, data)[1:],
+        numbered_inner=inner,
+        numbered_outer=outer,
+        whole=lambda data: pair(who, data),
+        samplers=samplers,
+    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from jax import Array
 
 from .. import _tree
 from .._checks import coefficient
-from .._types import Coefficient, State, Theta, X
-from ._estimator import Hypergradient, Info, Outer, conclude, losses, relative, start_inner, start_outer
+from .._types import Coefficient, Theta, X
+from ._directions import directions
+from ._estimator import Hypergradient, Info, Outer, conclude, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -22,35 +22,6 @@ class SOBAState(NamedTuple):
     adjoint: Any
     batches: Any
     outer: Outer
-
-
-class Directions(NamedTuple):
-    """The five quantities of a bilevel problem at (x, v, theta), added up to three directions, and its outer value.
-
-    Attributes:
-        inner: G = grad_x f.
-        adjoint: H v + grad_x F.
-        outer: J'v + grad_theta F.
-        residual: ``||H v + grad_x F|| / ||grad_x F||``.
-    """
-
-    inner: Any
-    adjoint: Any
-    outer: Any
-    value: Array
-    residual: Array
-
-
-def directions(
-    inner_loss: Any, outer_loss: Any, x: Any, v: Any, theta: Any, inner_data: tuple, outer_data: tuple
-) -> Directions:
-    """All of them from one linearisation of grad_x f and one gradient of F."""
-    slope, pull = jax.vjp(lambda x, theta: jax.grad(inner_loss)(x, theta, *inner_data), x, theta)
-    curvature, cross = pull(v)
-    value, (x_gradient, theta_gradient) = jax.value_and_grad(outer_loss, argnums=(0, 1))(x, theta, *outer_data)
-    adjoint = _tree.add(curvature, x_gradient)
-    residual = relative(_tree.norm(adjoint), _tree.norm(x_gradient))
-    return Directions(slope, adjoint, _tree.add(cross, theta_gradient), value, residual)
 
 
 def soba(
@@ -91,12 +62,12 @@ def soba(
     Source: Dagreou, Ablin, Vaiter and Moreau (2022), algorithm 1 with SGD directions.
 
     Example:
-        >>> import odljax as odl
+        >>> import jax, odljax as odl
         >>> hyper = odl.hypergradients.soba(
         ...     lambda x, theta: 0.5 * (x - theta) ** 2, lambda x, theta: 0.5 * (x - 1.0) ** 2, step_size=0.5)
-        >>> theta, state = 0.0, hyper.init(0.0, 0.0)
+        >>> theta, state, update = 0.0, hyper.init(0.0, 0.0), jax.jit(hyper.update)
         >>> for _ in range(100):
-        ...     gradient, state, info = hyper.update(theta, state)
+        ...     gradient, state, info = update(theta, state)
         ...     theta = theta - 0.1 * gradient
         >>> round(float(theta), 3)
         1.0
