@@ -94,6 +94,27 @@ def test_conformance(name):
     same(batched[1], step(thetas[1]), 1e-4)
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_losses_are_traced_a_bounded_number_of_times(name):
+    """Whatever the number of inner steps, directions or terms; nothing is compiled here."""
+    counts = {"inner": 0, "outer": 0}
+
+    def counted(side):
+        def loss(*arguments):
+            counts[side] += 1
+            return getattr(PROBLEM, side)(*arguments)
+
+        return loss
+
+    hyper = ESTIMATORS[name].build(counted("inner"), counted("outer"), PROBLEM.step_size)
+    data = (PROBLEM.inner_data, PROBLEM.outer_data)
+    state = jax.eval_shape(hyper.init, PROBLEM.theta, PROBLEM.x0, *data)
+    counts.update(inner=0, outer=0)
+    jax.eval_shape(hyper.update, PROBLEM.theta, state, *data)
+    assert counts["inner"] <= 8, counts
+    assert 0 < counts["outer"] <= 4, counts
+
+
 @pytest.mark.usefixtures("as_a_user_has_it")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_not_a_number_is_told_and_bad_input_is_refused(name):
