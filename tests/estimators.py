@@ -85,6 +85,12 @@ ESTIMATORS = {
         lambda f, F, a: h.rank_one(f, F, step_size=a), num_updates=150, rate=0.2, problem=odl.problems.finite_sum(24, 1)
     ),
     "reptile": _of_tasks("reptile", 2),
+    "reversible": Row(  # its steps are few here, because the suite runs them uncompiled, too
+        lambda f, F, a: h.reversible(f, F, step_size=a, momentum=0.3, num_steps=12),
+        rate=0.3,
+        num_updates=150,
+        tolerance=2e-4,
+    ),
     "soba": Row(lambda f, F, a, **o: h.soba(f, F, step_size=a, **o), stochastic=True),
     "saba": Row(lambda f, F, a, **o: h.saba(f, F, step_size=a, **o), stochastic=True),
     "srba": Row(lambda f, F, a, **o: h.srba(f, F, step_size=a, **o), stochastic=True),

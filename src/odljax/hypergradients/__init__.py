@@ -16,6 +16,7 @@ from ._meta import anil, fomaml, imaml, maml, reptile
 from ._multiplier import bamm, bamm_rate
 from ._pessimistic import pessimistic
 from ._pzobo import pzobo
+from ._reversible import reversible
 from ._saba import saba
 from ._soba import soba
 from ._srba import srba
@@ -53,6 +54,7 @@ __all__ = [
     "pzobo",
     "rank_one",
     "reptile",
+    "reversible",
     "saba",
     "soba",
     "srba",
