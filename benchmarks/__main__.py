@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "schema": _harness.SCHEMA,
             "benchmark": options.name,
             "smoke": options.smoke,
-            "environment": _harness.environment(arguments),
+            "environment": _harness.environment(arguments, getattr(benchmark, "PACKAGES", _harness.PACKAGES)),
             **benchmark.run(options.smoke),
         }
         _harness.write_json(report, path)

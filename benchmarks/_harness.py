@@ -57,11 +57,14 @@ class Row:
         library: "jax" for hand-written code, "odljax", or the name of a peer.
         build: takes a ``Traces``, wraps the user's objective in it and returns a fresh, unjitted function of the
             group's arguments. A peer's row that raises is reported as skipped.
+        eager: what ``build`` returns runs as it is, without JAX: a row of a PyTorch library. It has no compile time;
+            its bytes come from its attribute ``memory``, a function without arguments.
     """
 
     method: str
     library: str
     build: Callable[[Traces], Callable[..., Any]]
+    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def compile_row(row: Row, arguments: tuple[Any, ...], empty_caches: bool = True)
         jax.clear_caches()
         gc.collect()
     traces = Traces()
+    if row.eager:
+        return Compiled(row.build(traces), 0.0, 0.0, 0.0, 0)
     function = jax.jit(row.build(traces))
     begin, start = time.process_time(), time.perf_counter()
     lowered = function.lower(*arguments)
@@ -175,6 +180,18 @@ def ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
     return [float(quartile) for quartile in np.quantile([b / a for a, b in pairs], (0.25, 0.5, 0.75))]
 
 
+def compilation(floor: Sequence[Compiled], fresh: Sequence[Compiled], eager: bool) -> dict[str, float | None]:
+    """What the report says of compiling a row; nothing for a row that is not compiled."""
+    names = ("compile_ms", "lowering_ms", "compile_ratio", "compile_processor_ms", "compile_processor_ratio")
+    if eager:
+        return dict.fromkeys(names)
+    _, slower, _ = ratios([(a.seconds, b.seconds) for a, b in zip(floor, fresh, strict=True)])
+    processor = [min(item.processor for item in items) for items in (floor, fresh)]
+    seconds = statistics.median(item.seconds for item in fresh), statistics.median(item.lowering for item in fresh)
+    values = (1e3 * seconds[0], 1e3 * seconds[1], slower, 1e3 * processor[1], processor[1] / processor[0])
+    return dict(zip(names, values, strict=True))
+
+
 def measure(group: Group, effort: Effort) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Measures a group; returns its rows and the rows that were skipped, as JSON has them."""
     ready: list[tuple[Row, Compiled, Any]] = []
@@ -209,8 +226,6 @@ def measure(group: Group, effort: Effort) -> tuple[list[dict[str, Any]], list[di
     rows = []
     for (row, compiled, output), pairs, fresh in zip(ready, runs, compiles, strict=True):
         low, middle, high = ratios(pairs)
-        _, slower, _ = ratios([(a.seconds, b.seconds) for a, b in zip(compiles[0], fresh, strict=True)])
-        processor = [min(item.processor for item in items) for items in (compiles[0], fresh)]
         rows.append(
             {
                 "problem": group.problem,
@@ -223,14 +238,10 @@ def measure(group: Group, effort: Effort) -> tuple[list[dict[str, Any]], list[di
                 "run_ratio": middle,
                 "run_ratio_quartiles": [low, high],
                 "rounds": len(pairs),
-                "compile_ms": 1e3 * statistics.median(item.seconds for item in fresh),
-                "lowering_ms": 1e3 * statistics.median(item.lowering for item in fresh),
-                "compile_ratio": slower,
-                "compile_processor_ms": 1e3 * processor[1],
-                "compile_processor_ratio": processor[1] / processor[0],
+                **compilation(compiles[0], fresh, row.eager),
                 "compile_rounds": effort.compile_rounds,
-                "bytes": memory(compiled.call),
-                "traces": compiled.traces,
+                "bytes": compiled.call.memory() if row.eager else memory(compiled.call),
+                "traces": None if row.eager else compiled.traces,
                 **{name: relative_error(output[1], reference) for name, reference in group.errors.items()},
             }
         )
@@ -248,13 +259,28 @@ def version(package: str) -> str | None:
         return "source" if package in sys.modules else None
 
 
-def commit() -> str | None:
-    """The git commit of this checkout, marked if files differ from it; None outside git."""
-    here = Path(__file__).parent
+def checkout(variable: str) -> Path:
+    """The folder of a peer that is no package: a checkout named by an environment variable, put on the import path.
+
+    Raises:
+        ImportError: the variable is not set, or names no folder.
+    """
+    folder = Path(os.environ.get(variable, ""))
+    if not os.environ.get(variable) or not folder.is_dir():
+        raise ImportError(f"set {variable} to a checkout of this peer")
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return folder
+
+
+def commit(folder: Path | None = None) -> str | None:
+    """The git commit of a checkout, by default this one, marked if files differ from it; None outside git."""
+    where = Path(__file__).parent if folder is None else folder
+    status = ["git", "status", "--porcelain", "--", *(["..", ":!results"] if folder is None else ["."])]
     try:
-        run = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+        run = functools.partial(subprocess.run, cwd=where, capture_output=True, text=True, check=True)
         head = run(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        return head + (" (modified)" if run(["git", "status", "--porcelain", "--", "..", ":!results"]).stdout else "")
+        return head + (" (modified)" if run(status).stdout else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -264,7 +290,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def environment(arguments: Sequence[str]) -> dict[str, Any]:
+def environment(arguments: Sequence[str], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Where and with what the numbers were taken."""
     device = jax.devices()[0]
     return {
@@ -274,7 +300,7 @@ def environment(arguments: Sequence[str]) -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": cores(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in packages},
         "x64": bool(jax.config.jax_enable_x64),
         "matmul_precision": jax.config.jax_default_matmul_precision,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -342,3 +368,23 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     print("|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|")
     for row in rows:
         print(line(row))
+
+
+# Okabe and Ito's colours, told apart by every kind of colour vision; the markers repeat what they say.
+LOOKS = {
+    "jax": ("#000000", "s"),
+    "odljax": ("#D55E00", "o"),
+    "jaxopt": ("#0072B2", "^"),
+    "optimistix": ("#009E73", "D"),
+    "hypertorch": ("#0072B2", "^"),
+    "torchopt": ("#009E73", "D"),
+    "boat": ("#CC79A7", "v"),
+    "benchmark_bilevel": ("#0072B2", "^"),
+}
+
+
+def caption(report: dict[str, Any]) -> str:
+    """Where and when, for the head of a figure."""
+    where = report["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
+    return f"{where['platform']} ({where['device']}), {where['cores']} cores, {where['date'][:10]}; {versions}"

@@ -572,8 +572,8 @@ def _ladders(report: dict[str, Any]) -> dict[str, dict[tuple[str, str], list[dic
     return found
 
 
-def table(report: dict[str, Any]) -> None:
-    """Prints the report."""
+def cost_table(report: dict[str, Any]) -> None:
+    """Prints the rows of a report, a table a group, and what was skipped."""
     number = _harness.significant
     for problem, derivative in _keys(report["rows"]):
         cells = [
@@ -585,7 +585,7 @@ def table(report: dict[str, Any]) -> None:
                 number(row["compile_ratio"]),
                 number(row["compile_processor_ratio"]),
                 number(row["bytes"]["total"] and row["bytes"]["total"] / 1e6),
-                str(row["traces"]),
+                "-" if row["traces"] is None else str(row["traces"]),
                 f"{row['error']:.0e}",
             ]
             for row in report["rows"]
@@ -593,6 +593,13 @@ def table(report: dict[str, Any]) -> None:
         ]
         columns = ["row", "run ms", "x floor", "compile ms", "x floor", "x (CPU)", "MB", "traces", "error"]
         _harness.show(f"{problem}: {derivative}", columns, cells)
+    for missing in report["skipped"]:
+        print(f"skipped: {missing['problem']}, {missing['library']}: {missing['method']}: {missing['reason']}")
+
+
+def table(report: dict[str, Any]) -> None:
+    """Prints the report."""
+    cost_table(report)
     for problem, methods in _ladders(report).items():
         conditions = [f"{rung['condition']:.0e}" for rung in next(iter(methods.values()))]
         cells = [
@@ -600,8 +607,6 @@ def table(report: dict[str, Any]) -> None:
             for (library, method), rungs in methods.items()
         ]
         _harness.show(f"{problem}: error of the hypergradient by condition number", ["row", *conditions], cells)
-    for missing in report["skipped"]:
-        print(f"skipped: {missing['problem']}, {missing['library']}: {missing['method']}: {missing['reason']}")
     for line in [] if report["smoke"] else misses(report):
         print(f"target missed: {line}")
 
@@ -636,24 +641,9 @@ def misses(report: dict[str, Any]) -> list[str]:
     return found
 
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; the markers repeat what they say.
-LOOKS = {
-    "jax": ("#000000", "s"),
-    "odljax": ("#D55E00", "o"),
-    "jaxopt": ("#0072B2", "^"),
-    "optimistix": ("#009E73", "D"),
-}
-
-
 def figures(report: dict[str, Any]) -> dict[str, Any]:
     """The figures of a report, by name."""
     return {"hypergradient_cost": _cost_figure(report), "hypergradient_cost_ladder": _ladder_figure(report)}
-
-
-def _caption(report: dict[str, Any]) -> str:
-    where = report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
-    return f"{where['platform']} ({where['device']}), {where['cores']} cores, {where['date'][:10]}; {versions}"
 
 
 def _cost_figure(report: dict[str, Any]) -> Any:
@@ -696,7 +686,7 @@ def _cost_figure(report: dict[str, Any]) -> Any:
                 )
                 if not value:
                     continue
-                colour, marker = LOOKS.get(row["library"], ("0.5", "v"))
+                colour, marker = _harness.LOOKS.get(row["library"], ("0.5", "v"))
                 ax.plot(value, y, marker, color=colour, ms=6)
                 text = {
                     "run_ratio": f"{_harness.significant(row['run_ms'])} ms",
@@ -710,7 +700,7 @@ def _cost_figure(report: dict[str, Any]) -> Any:
                 ax.set_xlabel(label)
         axes[line, 0].set_title(f"{problem}: {derivative}", loc="left", fontsize=10, fontweight="bold")
     figure.suptitle(
-        f"What does a hypergradient cost? Grey: the target for odljax.\n{_caption(report)}",
+        f"What does a hypergradient cost? Grey: the target for odljax.\n{_harness.caption(report)}",
         fontsize=9,
         x=0.01,
         ha="left",
@@ -727,7 +717,7 @@ def _ladder_figure(report: dict[str, Any]) -> Any:
     for ax, (problem, methods) in zip(axes, ladders.items(), strict=True):
         seen: dict[str, int] = {}
         for (library, method), rungs in methods.items():
-            colour, marker = LOOKS.get(library, ("0.5", "v"))
+            colour, marker = _harness.LOOKS.get(library, ("0.5", "v"))
             style = ("-", "--", ":")[seen.get(library, 0) % 3]
             seen[library] = seen.get(library, 0) + 1
             # A failed rung is a gap in the line.
@@ -744,5 +734,5 @@ def _ladder_figure(report: dict[str, Any]) -> Any:
     axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     sizes = next(iter(ladders)).split(", ")[0]
     title = f"Float32 error of the adjoint solve alone, {sizes}. A gap: the solver stopped the run."
-    figure.suptitle(f"{title}\n{_caption(report)}", x=0.01, ha="left", fontsize=8)
+    figure.suptitle(f"{title}\n{_harness.caption(report)}", x=0.01, ha="left", fontsize=8)
     return figure

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import _harness, hypergradient_cost  # noqa: E402
+from benchmarks import _harness, hyper_cleaning, hypergradient_cost, stochastic  # noqa: E402
 
 
 def group(*rows):
@@ -111,24 +112,27 @@ def test_reference_against_finite_differences(kind):
 
 def test_list(capsys):
     assert command.main([]) == 0
-    assert "hypergradient_cost" in capsys.readouterr().out
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert {"hypergradient_cost", "hyper_cleaning", "stochastic", "torch_peers"} <= names
     with pytest.raises(SystemExit):
         command.main(["no_such_benchmark"])
-    assert "there are: hypergradient_cost" in capsys.readouterr().err
+    assert "hypergradient_cost" in capsys.readouterr().err.split("there are: ")[1]
+
+
+def smoke_run(name, out):
+    """The report of a smoke run, in a process of its own: peers do not live with this suite's strict settings."""
+    pytest.importorskip("matplotlib")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    run = [sys.executable, "-m", "benchmarks", name, "--smoke", "--out", str(out)]
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / f"{name}.json").read_text()), done.stdout, out
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The report of a smoke run, in a process of its own: peers do not live with this suite's strict settings."""
-    pytest.importorskip("matplotlib")
-    out = tmp_path_factory.mktemp("benchmarks")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    run = [sys.executable, "-m", "benchmarks", "hypergradient_cost", "--smoke", "--out", str(out)]
-    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((out / "hypergradient_cost.json").read_text())
-    return report, done.stdout, out
+    return smoke_run("hypergradient_cost", tmp_path_factory.mktemp("benchmarks"))
 
 
 def test_smoke_schema(smoke):
@@ -182,3 +186,132 @@ def test_smoke_redraws(smoke, capsys):
     assert command.main(["hypergradient_cost", "--redraw", "--out", str(out)]) == 0
     assert (out / "hypergradient_cost.png").exists()
     assert "traces" in capsys.readouterr().out
+
+
+# ---- beside PyTorch --------------------------------------------------------------------------------------------------
+
+
+def test_torch_peers(tmp_path):
+    report, output, out = smoke_run("torch_peers", tmp_path)
+    ours = {(row["derivative"], row["method"]) for row in report["rows"] if row["library"] == "odljax"}
+    assert ("implicit", "implicit") in ours
+    assert ("unrolled", "unrolled") in ours
+    for row in report["rows"]:
+        assert row["error"] < 1e-5, (row["derivative"], row["library"], row["method"])
+        assert row["bytes"]["total"] > 0
+    for missing in report["skipped"]:
+        assert missing["library"] in ("hypertorch", "torchopt", "boat")
+        assert "Error" in missing["reason"]
+    assert "odljax: implicit" in output
+    assert (out / "torch_peers.png").stat().st_size > 10_000
+
+
+# ---- data hyper-cleaning ---------------------------------------------------------------------------------------------
+
+
+def test_pollution_and_f1():
+    x = np.zeros((1000, 3), np.float32)
+    y = (np.arange(1000) % 10).astype(np.int32)
+    task = hyper_cleaning.pollute(hyper_cleaning.Images("made", (x, y), (x, y), (x, y)), 0.7)
+    selected, changed = ~task.clean["selected"], ~task.clean["changed"]
+    assert selected.sum() == 700
+    assert not np.any(changed & ~selected)
+    assert 0.85 < changed.sum() / 700 < 0.95  # a random label is the old one once in ten
+    np.testing.assert_array_equal(changed, task.train["y"] != y)
+    found, true = np.array([True, True, False, False]), np.array([True, False, True, False])
+    assert hyper_cleaning.f1(found, true) == 0.5
+    assert hyper_cleaning.f1(true, true) == 1.0
+    assert hyper_cleaning.f1(np.zeros(4, bool), true) == 0.0
+
+
+def test_read_idx(tmp_path):
+    import gzip
+
+    images = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    head = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in images.shape)
+    (tmp_path / "images.gz").write_bytes(gzip.compress(head + images.tobytes()))
+    np.testing.assert_array_equal(hyper_cleaning.read_idx(tmp_path / "images.gz"), images)
+
+
+def test_hyper_cleaning(tmp_path):
+    report, output, out = smoke_run("hyper_cleaning", tmp_path)
+    assert report["data"] == "scikit-learn's digits"
+    ours = [row for row in report["rows"] if row["library"] == "odljax"]
+    assert {row["network"] for row in ours} == {"linear", "64-6-10"}
+    for row in ours:
+        for score in ("accuracy", "refit", "f1_selected", "f1_changed"):
+            assert 0 <= row[score] <= 1, (row["method"], score)
+        assert row["run_s"] > 0
+        assert row["compile_s"] > 0
+        assert row["bytes"]["total"] > 0
+    linear = {row["method"]: row for row in ours if row["network"] == "linear"}
+    assert linear["unrolled"]["f1_changed"] > 0.8  # all samples taken for clean: 0.71
+    for missing in report["skipped"]:
+        assert missing["library"] == "boat"
+        assert "No module named" in missing["reason"]
+    assert "F1 changed" in output
+    for name in ("hyper_cleaning_linear", "hyper_cleaning_network"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
+
+
+# ---- stochastic estimators -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: stochastic.quadratics(64, 5, 4), lambda: stochastic.regression(64, 4)])
+def test_stochastic_measures(make):
+    """Value function and hypergradient against a solve of the very losses, and the minimum against a descent."""
+    problem = make()
+    inner, outer = (
+        {k: jnp.asarray(v, float) for k, v in side.items()} for side in (problem.inner_data, problem.outer_data)
+    )
+    rng = np.random.default_rng(3)
+    theta = problem.theta.astype(float) + 0.3 * rng.standard_normal(problem.theta.shape)
+
+    @jax.jit
+    def value(theta):
+        slope = jax.grad(lambda x: problem.inner(x, theta, inner))
+
+        def newton(x, _):
+            return x - jnp.linalg.solve(jax.jacobian(slope)(x), slope(x)), None
+
+        x, _ = jax.lax.scan(newton, jnp.asarray(problem.x, float), length=20)
+        return problem.outer(x, theta, outer)
+
+    found, gradient = problem.measure(theta)
+    np.testing.assert_allclose(found, value(theta), rtol=1e-9)
+    steps = 1e-5 * np.eye(len(theta))
+    expected = np.array([value(theta + step) - value(theta - step) for step in steps]) / 2e-5
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-8)
+    assert problem.minimum <= min(found, problem.measure(problem.theta.astype(float))[0])
+
+
+def test_all_thirteen():
+    names = [algorithm.name for algorithm in stochastic.algorithms()]
+    assert len(names) == len(set(names)) == 13
+    for algorithm in stochastic.algorithms():
+        assert algorithm.calls(1000, 1000, 10) > 0
+
+
+def test_time_to_an_accuracy():
+    row = {"squared_norm": [1.0, 1e-2, None, 1e-4], "seconds": [0.0, 1.0, 2.0, 3.0]}
+    assert stochastic.time_to(row, 2.0) == 0.0
+    np.testing.assert_allclose(stochastic.time_to(row, 1e-1), 0.5)
+    np.testing.assert_allclose(stochastic.time_to(row, 1e-2), 1.0)
+    assert stochastic.time_to(row, 1e-5) is None
+
+
+def test_stochastic(tmp_path):
+    report, output, out = smoke_run("stochastic", tmp_path)
+    ours = [row for row in report["rows"] if row["library"] == "odljax"]
+    assert {row["kind"] for row in ours} == {"quadratics", "logistic regression"}
+    for row in ours:
+        assert len(row["passes"]) == len(row["seconds"]) == len(row["squared_norm"]) == len(row["gap"])
+        assert np.all(np.isfinite(row["squared_norm"])), row["method"]
+        assert row["squared_norm"][-1] < row["squared_norm"][0], row["method"]
+        assert min(row["gap"]) > -1e-9
+    for missing in report["skipped"]:
+        assert missing["library"] == "benchmark_bilevel"
+        assert "Error" in missing["reason"]
+    assert "passes" in output
+    for name in ("stochastic_quadratics", "stochastic_logistic"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
