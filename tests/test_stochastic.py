@@ -1,5 +1,6 @@
 """The thirteen stochastic estimators: their formulas in NumPy, and the limits, rates and floors that theory gives."""
 
+import ends
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 
 import odljax as odl
 from odljax.hypergradients._directions import own_key, truncation_length
+from odljax.hypergradients._minibatches import minibatches
 from odljax.hypergradients._pzobo import gaussians
+from odljax.hypergradients._srba import refresh_period
 
 h = odl.hypergradients
 
@@ -305,3 +308,259 @@ def test_twenty_updates_are_those_of_the_formula(name, sizes):
         np.testing.assert_allclose(gradients[t], gradient, rtol=1e-9, atol=1e-9, err_msg=f"gradient {t}")
         np.testing.assert_allclose(xs[t], s.x, rtol=1e-9, atol=1e-9, err_msg=f"x {t}")
         theta = theta - RATE * gradient
+
+
+# ---- full batches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["saba", "srba"])
+def test_variance_reduction_without_batches_is_soba(name):
+    run = lambda name: descend(getattr(h, name)(inner, outer, **steps), DATA, jnp.asarray(THETA), jnp.asarray(X0), 9)[0]
+    np.testing.assert_array_equal(run(name), run("soba"))
+
+
+@pytest.mark.parametrize("name", ["bsa", "ttsa"])
+def test_the_random_series_has_the_right_mean(name):
+    """Over its N lengths, each once: exactly the series of N terms."""
+    num_terms, theta, x0 = 5, jnp.asarray(THETA), jnp.asarray(X0)
+
+    def gradient(key):
+        hyper = getattr(h, name)(inner, outer, **steps, num_terms=num_terms, key=key)
+        return hyper.update(theta, hyper.init(theta, x0, *DATA), *DATA)[0]
+
+    drawn = np.asarray(jax.jit(jax.vmap(gradient))(jax.random.split(jax.random.key(0), 200)))
+    each = np.unique(drawn.round(12), axis=0)
+    assert len(each) == num_terms
+    whole = h.stocbio(inner, outer, **steps, num_steps=10 if name == "bsa" else 1, num_adjoint_steps=num_terms - 1)
+    expected = whole.update(theta, whole.init(theta, x0, *DATA), *DATA)[0]
+    np.testing.assert_allclose(each.mean(0), expected, atol=1e-11)
+
+
+def test_random_directions_have_the_derivative_of_the_steps_as_mean():
+    """Through K steps of a quadratic from the warm start: dx_K/dtheta = (I - (I - a H)^K) B, whatever the width."""
+    problem = odl.problems.finite_sum()
+    hyper = h.pzobo(problem.inner, problem.outer, step_size=0.2, num_steps=4, num_directions=40_000, smoothing=3.0)
+    data, theta = (problem.inner_data, problem.outer_data), jnp.array([0.4, -0.3])
+    gradient, _, info = jax.jit(hyper.update)(theta, hyper.init(theta, problem.x0, *data), *data)
+    p, one = ends.Parts(problem), np.eye(3)
+    response = (one - np.linalg.matrix_power(one - 0.2 * p.H, 4)) @ p.B
+    pull = response.T @ (info.x - p.c.mean(0))
+    spread = np.sqrt((np.sum(pull**2) + pull**2) / 40_000)
+    assert np.all(np.abs(gradient - theta - pull) < 5 * spread)
+    assert np.all(5 * spread < 0.1 * np.linalg.norm(pull))
+
+
+def test_the_growing_penalty_takes_the_bias_away():
+    problem = odl.problems.finite_sum()
+    data = (problem.inner_data, problem.outer_data)
+    hyper = h.f2sa(problem.inner, problem.outer, step_size=problem.step_size, num_steps=3)
+    thetas = descend(hyper, data, problem.theta, problem.x0, 600)[0]
+    errors = np.linalg.norm(np.asarray(thetas) - np.asarray(problem.minimiser), axis=1)
+    penalties = 1 + 0.1 * np.cumsum(np.arange(1, 601) ** (-1 / 7))
+    for t in (150, 300, 599):  # the closed form of the bias at the penalty of that time
+        bias = np.linalg.norm(ends.value_gap(problem, penalties[t]) - np.asarray(problem.minimiser))
+        assert bias * 0.9 < errors[t] < bias * 1.3
+    assert errors[599] < 0.4 * errors[150]
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+def descend(hyper, data, theta, x0, num_updates, rate=RATE):
+    """The thetas of SGD and the infos."""
+
+    def body(carry, _):
+        theta, state = carry
+        gradient, state, info = hyper.update(theta, state, *data)
+        theta = theta - rate * gradient
+        return (theta, state), (theta, info)
+
+    start = (theta, hyper.init(theta, x0, *data))
+    return jax.jit(lambda start: jax.lax.scan(body, start, length=num_updates)[1])(start)
+
+
+def minibatch_errors(name, problem, end, num_updates, **options):
+    """Distances from the end, as (run, update), of three runs with batches of 4 in 24 rows and constant steps."""
+    data = (problem.inner_data, problem.outer_data)
+
+    def run(key):
+        hyper = getattr(h, name)(problem.inner, problem.outer, batch_size=4, key=key, **options)
+        return descend(hyper, data, problem.theta, problem.x0, num_updates)[0]
+
+    thetas = jax.vmap(run)(jax.random.split(jax.random.key(0), 3))
+    return np.linalg.norm(np.asarray(thetas) - np.asarray(end), axis=-1)
+
+
+VARIANCE_REDUCED = {
+    "saba": ({}, lambda p: p.minimiser),
+    "srba": ({}, lambda p: p.minimiser),
+    "vrbo": ({"num_steps": 2, "num_adjoint_steps": 3}, lambda p: ends.neumann(p, 4)),
+}
+
+
+@pytest.mark.parametrize("name", VARIANCE_REDUCED)
+def test_variance_reduction_reaches_machine_precision_linearly(name):
+    problem = odl.problems.finite_sum()
+    options, end = VARIANCE_REDUCED[name]
+    a = problem.step_size
+    errors = minibatch_errors(
+        name, problem, end(problem), 700, step_size=a / 2, adjoint_step_size=a if name == "vrbo" else a / 2, **options
+    )
+    assert errors[:, -1].max() < 1e-13
+    logarithm = np.log10(errors.max(0)[50:-1:50])
+    falling = logarithm[logarithm > -13]
+    assert len(falling) >= 4
+    assert np.all(np.diff(falling) < -0.5)  # by at least 3 every 50 updates, all the way down
+
+
+def test_soba_with_the_same_steps_stops_at_its_noise():
+    problem = odl.problems.finite_sum()
+    errors = minibatch_errors("soba", problem, problem.minimiser, 700, step_size=problem.step_size / 2)
+    assert errors[:, 350:].mean() > 1e-2
+
+
+LARGE = odl.problems.finite_sum(3000, 2, 2)  # so many rows that a run hardly meets one twice: independent draws
+SAFE = LARGE.step_size
+FLOORS = {
+    "soba": ({}, lambda p: p.minimiser),
+    "fsla": ({"momentum": 0.3}, lambda p: p.minimiser),
+    "amigo": ({"num_steps": 2, "num_adjoint_steps": 2}, lambda p: p.minimiser),
+    "stocbio": (
+        {"num_steps": 2, "num_adjoint_steps": 3, "adjoint_step_size": SAFE},
+        lambda p: ends.neumann(p, 4),
+    ),
+    "bsa": ({"num_steps": 2, "num_terms": 3, "adjoint_step_size": SAFE}, lambda p: ends.neumann(p, 3)),
+    "ttsa": ({"num_terms": 3, "adjoint_step_size": SAFE}, lambda p: ends.neumann(p, 3)),
+    "sustain": ({"num_terms": 3, "adjoint_step_size": SAFE, "momentum": 0.3}, lambda p: ends.neumann(p, 3)),
+    "mrbo": ({"num_adjoint_steps": 3, "adjoint_step_size": SAFE, "momentum": 0.3}, lambda p: ends.neumann(p, 4)),
+    "f2sa": ({"num_steps": 2, "penalty": 5.0, "penalty_increment": 0.0}, lambda p: ends.value_gap(p, 5.0)),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_halving_the_steps_halves_the_noise_floor(name):
+    """The mean squared distance from the end, in which the bias of a cut series or of a penalty is counted in."""
+    options, end = FLOORS[name]
+    data, end = (LARGE.inner_data, LARGE.outer_data), jnp.asarray(end(LARGE))
+    num_updates, runs = 3000, 16
+
+    def run(scale, key):
+        hyper = getattr(h, name)(LARGE.inner, LARGE.outer, step_size=0.15 * scale, batch_size=1, key=key, **options)
+
+        def body(carry, _):
+            theta, state = carry
+            gradient, state, _ = hyper.update(theta, state, *data)
+            theta = theta - 0.04 * scale * gradient
+            return (theta, state), theta - end
+
+        start = (end, hyper.init(end, LARGE.solution(end), *data))
+        return jax.lax.scan(body, start, length=num_updates)[1]
+
+    keys = jax.random.split(jax.random.key(0), runs)
+    run = jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))
+    away = np.asarray(run(jnp.array([1.0, 0.5]), keys))[:, :, num_updates // 4 :]
+    large, small = np.mean(np.sum(away**2, axis=-1), axis=(1, 2))
+    assert 1.6 < large / small < 2.6
+    # And it is noise: the mean is the end, up to what the mean of so many correlated draws can tell.
+    assert np.linalg.norm(away[1].mean((0, 1))) < 0.35 * np.sqrt(small)
+
+
+def test_the_floor_of_random_directions_falls_with_the_step_and_with_their_number():
+    """Without minibatches; at the end, where grad_x F does not vanish."""
+    problem = odl.problems.finite_sum()
+    data, p, one = (problem.inner_data, problem.outer_data), ends.Parts(problem), np.eye(3)
+    response = (one - np.linalg.matrix_power(one - 0.2 * p.H, 3)) @ p.B
+    end = jnp.asarray(ends.root(lambda w: w + response.T @ (p.B @ w + p.z - p.c.mean(0)), 2))
+
+    def floor(rate, num_directions):
+        def run(key):
+            hyper = h.pzobo(
+                problem.inner, problem.outer, step_size=0.2, num_steps=3, num_directions=num_directions, key=key
+            )
+            thetas = descend(hyper, data, end, problem.solution(end), 1000, rate)[0]
+            return jnp.mean(jnp.sum((thetas[200:] - end[None]) ** 2, axis=-1))
+
+        return float(jnp.mean(jax.vmap(run)(jax.random.split(jax.random.key(0), 16))))
+
+    base = floor(0.1, 4)
+    assert 1.6 < base / floor(0.05, 4) < 2.6
+    assert 1.6 < base / floor(0.1, 8) < 2.6
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [((4, 3), 3), (12, 1), ((11, 5), 1), (1, 12), (None, 1)])
+def test_default_refresh_period(sizes, expected):
+    """The rows of both sets over those of a draw, and never 0."""
+    assert refresh_period("srba", None, minibatches("srba", sizes, None), DATA) == expected
+    assert refresh_period("srba", 5, minibatches("srba", sizes, None), DATA) == 5
+
+
+def test_default_refresh_period_without_data():
+    assert refresh_period("srba", None, minibatches("srba", None, None), ()) == 1
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_trees_of_several_dtypes_and_schedules(name):
+    """Traced only: the structure and each dtype survive, under strict promotion."""
+
+    def inner(x, theta):
+        pull = jnp.sum((x["a"] - theta["u"]) ** 2).astype(float) + (x["b"] - theta["w"]) ** 2
+        return pull / 2 + 0.1 * (x["b"] * jnp.sum(x["a"]).astype(float)) ** 2
+
+    def outer(x, theta):
+        return (jnp.sum(x["a"] ** 2).astype(float) + (x["b"] - 1) ** 2) / 2 + theta["w"] ** 2
+
+    x = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(())}
+    theta = {"u": jnp.ones(2, jnp.float32), "w": jnp.zeros(())}
+    hyper = getattr(h, name)(inner, outer, step_size=lambda k: 0.1 / (k.astype(float) + 1))
+    state = hyper.init(theta, x)
+    gradient, new_state, info = jax.eval_shape(hyper.update, theta, state)
+    signature = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert signature(gradient) == signature(theta)
+    assert signature(new_state) == signature(state)
+    assert signature(info.x) == signature(x)
+
+
+@pytest.mark.parametrize("name", ["amigo", "stocbio", "bsa", "ttsa", "f2sa", "pzobo"])
+def test_one_bad_theta_does_not_spoil_the_walk(name):
+    hyper = getattr(h, name)(inner, outer, step_size=0.1)
+    theta, x0 = jnp.asarray(THETA), jnp.asarray(X0)
+
+    @jax.jit
+    def run(state):
+        _, state, bad = hyper.update(theta * jnp.nan, state, *DATA)
+        return bad.status, hyper.update(theta, state, *DATA)[2].status
+
+    assert [int(status) for status in run(hyper.init(theta, x0, *DATA))] == [
+        odl.Status.NON_FINITE,
+        odl.Status.COMPLETED,
+    ]
+
+
+def test_messages():
+    with pytest.raises(ValueError, match="5 does not divide 12"):
+        h.saba(inner, outer, step_size=0.1, batch_size=5).init(jnp.asarray(THETA), jnp.asarray(X0), *DATA)
+    for name in ("fsla", "sustain", "mrbo"):
+        with pytest.raises(ValueError, match=f"{name}: momentum must lie in"):
+            getattr(h, name)(inner, outer, step_size=0.1, momentum=1.5)
+    for name, option in (
+        ("srba", "refresh_every"),
+        ("vrbo", "refresh_every"),
+        ("amigo", "num_steps"),
+        ("stocbio", "num_adjoint_steps"),
+        ("bsa", "num_terms"),
+        ("ttsa", "num_terms"),
+        ("mrbo", "num_adjoint_steps"),
+        ("f2sa", "num_steps"),
+        ("pzobo", "num_directions"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {option} must be a whole number of at least 1"):
+            getattr(h, name)(inner, outer, step_size=0.1, **{option: 0})
+    with pytest.raises(ValueError, match="f2sa: penalty must lie in"):
+        h.f2sa(inner, outer, step_size=0.1, penalty=0.0)
+    with pytest.raises(ValueError, match="f2sa: penalty_increment must lie in"):
+        h.f2sa(inner, outer, step_size=0.1, penalty_increment=-1.0)
+    with pytest.raises(ValueError, match="pzobo: smoothing must lie in"):
+        h.pzobo(inner, outer, step_size=0.1, smoothing=0.0)

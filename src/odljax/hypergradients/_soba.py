@@ -9,7 +9,7 @@ from jax import Array
 
 from .. import _tree
 from .._checks import coefficient
-from .._types import Coefficient, Theta, X
+from .._types import Coefficient, State, Theta, X
 from ._directions import directions
 from ._estimator import Hypergradient, Info, Outer, conclude, losses, start_inner, start_outer
 from ._minibatches import minibatches

@@ -133,7 +133,8 @@ def srba(
             old = directions(
                 inner_loss, outer_loss, state.last_x, state.last_adjoint, state.outer.theta, inner_data, outer_data
             )
-            return Directions(*sarah(state.memory, tuple(new[:3]), tuple(old[:3])), *new[3:]), draws
+            x_part, v_part, theta_part = sarah(state.memory, tuple(new[:3]), tuple(old[:3]))
+            return Directions(x_part, v_part, theta_part, new.value, new.scale), draws
 
         period = refresh_period(who, refresh_every, batches, data)
         d, draws = refreshed_or(period, t, whole, recursion, state.batches)
