@@ -414,8 +414,8 @@ def test_a_record_cannot_be_changed():
         "reverse mode of until_converged",
         TypeError,
         r"until_converged\(fixed_point\(<lambda>\)\): a loop that stops by itself has no reverse mode\. Wrap the "
-        r"solver: "
-        r"implicit\(solver\), unrolled\(solver\), truncated\(solver, num_steps=\.\.\.\) or one_step\(solver\)",
+        r"solver: implicit\(solver\), unrolled\(solver\), forward\(solver\), "
+        r"truncated\(solver, num_steps=\.\.\.\) or one_step\(solver\)",
         lambda: jax.grad(lambda theta: SOLVER(0.0, theta).x)(1.0),
     ),
     (

@@ -240,7 +240,7 @@ def until_converged(
         solution = stopping_finish(carry, rows)
         message = (
             f"{solver.name}: a loop that stops by itself has no reverse mode. Wrap the solver: implicit(solver), "
-            f"unrolled(solver), truncated(solver, num_steps=...) or one_step(solver)."
+            f"unrolled(solver), forward(solver), truncated(solver, num_steps=...) or one_step(solver)."
         )
         return forward_only(solution, message)
 
