@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..linear import LinearInfo, LinearSolver, cg, differentiable_solve, gmres, 
 from ..operators import Operator
 from ..operators._operator import displacement
 from ..solvers import Adjoint, Solution, Solver
+from ._moving import moving
 from ._unrolled import stopped
 
 
@@ -134,22 +134,12 @@ def _attach(operator: Operator, linear_solver: LinearSolver, warn: bool, x: Any,
     def solve_transposable(matvec: Any, b: Any) -> Any:
         return differentiable_solve(matvec, b, solve, symmetric=linear_solver.symmetric)
 
-    return _root(function, solve_transposable, x, theta, captured)
+    def tangent(x: Any, operands: Any, tangents: Any) -> Any:
+        _, moved = jax.jvp(lambda theta, captured: function(x, theta, *captured), operands, tangents)
+        _, matvec = jax.linearize(lambda x: function(x, operands[0], *operands[1]), x)
+        return solve_transposable(matvec, _tree.negative(moved))
 
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _root(function: Callable[..., Any], solve: Callable[..., Any], x: Any, theta: Any, captured: Any) -> Any:
-    return x
-
-
-@_root.defjvp
-def _root_jvp(function: Any, solve: Any, primals: Any, tangents: Any) -> Any:
-    x, theta, captured = primals
-    # Through _root again: a second derivative sees how the solution itself moves.
-    x = _root(function, solve, x, theta, captured)
-    _, moved = jax.jvp(lambda theta, captured: function(x, theta, *captured), (theta, captured), tangents[1:])
-    _, matvec = jax.linearize(lambda x: function(x, theta, *captured), x)
-    return x, solve(matvec, _tree.negative(moved))
+    return moving(x, (theta, captured), tangent)
 
 
 def _report(info: LinearInfo) -> None:
