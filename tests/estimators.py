@@ -130,4 +130,4 @@ ESTIMATORS = {
 OF_SOLVERS = {"through", "warm_started", "hodl", "hoag", "pessimistic"}
 
 # What the face offers beside estimators.
-HELPERS = {"bamm_rate"}
+HELPERS = {"bamm_rate", "descend"}

@@ -25,6 +25,7 @@ __all__ = [
     "FiniteSum",
     "Lineage",
     "Problem",
+    "Trilevel",
     "finite_sum",
     "lasso",
     "line",
@@ -39,6 +40,7 @@ __all__ = [
     "ridge",
     "square_root",
     "tree",
+    "trilevel",
 ]
 
 
@@ -344,6 +346,116 @@ def finite_sum(
         solution=lambda theta: B @ theta + shift,
         minimiser=_float(minimiser, dtype),
         step_size=float(1 / (1 + (rows**2).sum(1).max())),
+    )
+
+
+@record
+class Trilevel:
+    """Three problems inside one another, with their closed-form answers.
+
+    Args:
+        name: its name.
+        inner: ``(x, y, theta) -> scalar``, minimised over x.
+        middle: ``(x, y, theta) -> scalar``, minimised over y with x the inner solution.
+        outer: ``(x, y, theta) -> scalar``, with both.
+        x0: a start of x.
+        y0: a start of y.
+        theta: a point at which to differentiate.
+        inner_solution: ``(y, theta) -> x`` in closed form.
+        middle_solution: ``theta -> y`` in closed form.
+        inner_step_size: a safe step, 1/L, on the inner loss.
+        middle_step_size: likewise on the middle loss at the inner solution.
+        minimiser: the theta of least outer loss.
+    """
+
+    name: str
+    inner: Callable[[Any, Any, Any], Any]
+    middle: Callable[[Any, Any, Any], Any]
+    outer: Callable[[Any, Any, Any], Any]
+    x0: Any
+    y0: Any
+    theta: Any
+    inner_solution: Callable[[Any, Any], Any]
+    middle_solution: Callable[[Any], Any]
+    inner_step_size: float
+    middle_step_size: float
+    minimiser: Any
+
+    def value(self, theta: Any) -> Array:
+        """The outer loss at the solutions of the two problems below, in closed form."""
+        y = self.middle_solution(theta)
+        return self.outer(self.inner_solution(y, theta), y, theta)
+
+    def hypergradient(self, theta: Any) -> Any:
+        """The gradient of ``value``."""
+        return jax.grad(self.value)(theta)
+
+
+def trilevel(size: int = 3, num_middle: int = 3, num_hyper: int = 2, *, seed: int = 0, dtype: Any = None) -> Trilevel:
+    r"""Returns a quadratic problem in a quadratic problem in a quadratic problem.
+
+    .. math:: f(x, y, \theta) = \tfrac12 x^\top Q x - x^\top (A y + B \theta), \quad
+        g = \tfrac12 \|x - c\|^2 + \tfrac12 y^\top R y - y^\top D \theta, \quad
+        F = \tfrac12 \|x - a\|^2 + \tfrac12 \|y - b\|^2 + \tfrac12 \|\theta\|^2
+
+    With :math:`M = Q^{-1} A` and :math:`N = Q^{-1} B` the solutions are :math:`x = M y + N \theta` and
+    :math:`y = (M^\top M + R)^{-1} (M^\top c + (D - M^\top N) \theta)`. Q and R have eigenvalues from 1/2 to 1, so
+    that gradient descent on f contracts by 1/2 a step.
+
+    Shapes: x (size,), y (num_middle,), theta (num_hyper,).
+
+    Args:
+        size: of x, at least 1.
+        num_middle: of y, at least 1.
+        num_hyper: of theta, at least 1.
+        seed: of the matrices.
+        dtype: of x, y and theta; default the default float.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example:
+        >>> import odljax as odl
+        >>> problem = odl.problems.trilevel()
+        >>> float(abs(problem.hypergradient(problem.minimiser)).max()) < 1e-5
+        True
+    """
+    for name, value in (("size", size), ("num_middle", num_middle), ("num_hyper", num_hyper)):
+        count("trilevel", name, value)
+
+    def spread(number: int, seed: int) -> np.ndarray:
+        vectors = np.linalg.qr(_normal(seed, number, number))[0]
+        return (vectors * np.linspace(0.5, 1.0, number)) @ vectors.T
+
+    Q, R = spread(size, seed), spread(num_middle, seed + 1)
+    A, B = 0.3 * _normal(seed + 2, size, num_middle), _normal(seed + 3, size, num_hyper)
+    D, targets = _normal(seed + 4, num_middle, num_hyper), _normal(seed + 5, 2 * size + num_middle)
+    c, a, b = np.split(targets, [size, 2 * size])
+    M, N = np.linalg.solve(Q, A), np.linalg.solve(Q, B)
+    hessian = M.T @ M + R
+    P, p = np.linalg.solve(hessian, D - M.T @ N), np.linalg.solve(hessian, M.T @ c)
+    S, s = M @ P + N, M @ p  # y = P theta + p, x = S theta + s
+    minimiser = np.linalg.solve(S.T @ S + P.T @ P + np.eye(num_hyper), S.T @ (a - s) + P.T @ (b - p))
+    inner_step = float(1 / np.linalg.eigvalsh(Q)[-1])
+    middle_step = float(1 / np.linalg.eigvalsh(hessian)[-1])
+    Q, R, A, B, D, M, N, P, p, c, a, b = (_float(array, dtype) for array in (Q, R, A, B, D, M, N, P, p, c, a, b))
+
+    def outer(x: Array, y: Array, theta: Array) -> Array:
+        return 0.5 * (jnp.sum((x - a) ** 2) + jnp.sum((y - b) ** 2) + jnp.sum(theta**2))
+
+    return Trilevel(
+        name="trilevel",
+        inner=lambda x, y, theta: 0.5 * jnp.dot(x, Q @ x) - jnp.dot(x, A @ y + B @ theta),
+        middle=lambda x, y, theta: 0.5 * jnp.sum((x - c) ** 2) + 0.5 * jnp.dot(y, R @ y) - jnp.dot(y, D @ theta),
+        outer=outer,
+        x0=_float(np.zeros(size), dtype),
+        y0=_float(np.zeros(num_middle), dtype),
+        theta=_float(_normal(seed + 6, num_hyper), dtype),
+        inner_solution=lambda y, theta: M @ y + N @ theta,
+        middle_solution=lambda theta: P @ theta + p,
+        inner_step_size=inner_step,
+        middle_step_size=middle_step,
+        minimiser=_float(minimiser, dtype),
     )
 
 

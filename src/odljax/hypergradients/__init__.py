@@ -12,6 +12,7 @@ from ._finite_difference import finite_difference, rank_one
 from ._fsla import fsla
 from ._hoag import hoag
 from ._hodl import hodl
+from ._levels import Level, descend
 from ._meta import anil, fomaml, imaml, maml, reptile
 from ._multiplier import bamm, bamm_rate
 from ._pessimistic import pessimistic
@@ -29,6 +30,7 @@ __all__ = [
     "ErrorEstimate",
     "Hypergradient",
     "Info",
+    "Level",
     "alternating",
     "amigo",
     "anil",
@@ -38,6 +40,7 @@ __all__ = [
     "bome",
     "bsa",
     "bvfsm",
+    "descend",
     "f2sa",
     "finite_difference",
     "fomaml",
