@@ -63,7 +63,7 @@ def bamm(w, m, k):
 
 def bvfsm(w, m, k):
     x, z = m
-    sigma, delta, reg, t = 0.1 / (k + 1), 1 / (k + 1), 0.01 / (k + 1), 0.01 / (k + 1)
+    sigma, delta, reg, t = 0.3 / (k + 1) ** 0.5, 1 / (k + 1), 0.01 / (k + 1), 0.01 / (k + 1)
     for _ in range(6):
         z = z - A * (f_x(z, w) + 2 * reg * z)
     best = f(z, w) + reg * z @ z
@@ -72,6 +72,10 @@ def bvfsm(w, m, k):
         gap = best - f(x, w) + delta
         return F(x, w) - sigma * np.log(gap) + t * x @ x if gap > 0 else np.inf
 
+    enough = 0 if best - f(x, w) + delta > 0 else delta / 2
+    for _ in range(6):
+        if best - f(x, w) + delta <= enough:
+            x = x - A * f_x(x, w)
     if best - f(x, w) + delta <= 0:
         x = z
     for _ in range(4):

@@ -219,7 +219,7 @@ closing = lambda k: 4 * jnp.exp(-k.astype(float) / 150)
 GLOBAL = {
     "bvfsm": (
         lambda f, F: h.bvfsm(
-            f, F, step_size=0.5, num_steps=20, num_barrier_steps=10, slack=closing, barrier=lambda k: closing(k) / 2
+            f, F, step_size=0.5, num_steps=20, num_barrier_steps=10, slack=closing, barrier=lambda k: closing(k) ** 0.5
         ),
         0.05,
         1000,

@@ -36,8 +36,8 @@ def _harmonic(k: Step) -> Array:
     return 1.0 / (k.astype(float) + 1.0)
 
 
-def _tenth(k: Step) -> Array:
-    return 0.1 * _harmonic(k)
+def _barrier(k: Step) -> Array:
+    return 0.3 * _harmonic(k) ** 0.5
 
 
 def _hundredth(k: Step) -> Array:
@@ -56,7 +56,7 @@ def bvfsm(
     num_steps: int = 50,
     barrier_step_size: Coefficient | None = None,
     num_barrier_steps: int = 25,
-    barrier: Coefficient = _tenth,
+    barrier: Coefficient = _barrier,
     slack: Coefficient = _harmonic,
     regularization: Coefficient = _hundredth,
     outer_regularization: Coefficient = _hundredth,
@@ -72,13 +72,16 @@ def bvfsm(
         x &\leftarrow x - b \nabla_x \Phi \quad (M \text{ times}), \qquad g = \nabla_\theta \Phi
         = \nabla_\theta F + \frac{\sigma_r}{f^* - f + \delta_r} \nabla_\theta \bigl[f(x, \theta) - f(z, \theta)\bigr]
 
-    z and x are those of the last update at first; an x outside the barrier starts at z, which is inside. A step of x is
-    halved until it stays inside and the barrier function decreases.
+    z and x are those of the last update at first. An x outside the barrier descends f until the gap is half the slack,
+    at most K steps, and failing that starts at z, which is inside. A step of x is halved until it stays inside and the
+    barrier function decreases.
 
     When: first-order information only; several inner solutions, no convexity: the outer loss chooses the best of them.
     At the end of the inner walk z must be a *global* minimiser of f. x stays within :math:`\delta_r` of the inner
-    optimum, so that the gradient is off by the order of :math:`\sqrt{\delta_r}` where f is strongly convex; all four
-    coefficients should go to 0 together, the barrier not faster than the slack, or x needs ever smaller steps.
+    optimum, so that the gradient is off by the order of :math:`\sqrt{\delta_r}` where f is strongly convex. The
+    multiplier :math:`\sigma_r / \text{gap}` grows like :math:`\delta_r^{-1/2}`: let the barrier fall like
+    :math:`\sqrt{\delta_r}`, and the gap stays in proportion to the slack. Falling faster, x sticks to the wall, and the
+    gradient jumps. A slack below the height of the hills between inner solutions keeps x in its basin.
 
     Args:
         inner: f, ``(x, theta, inner_data) -> scalar``; without data ``(x, theta)``.
@@ -88,7 +91,8 @@ def bvfsm(
         barrier_step_size: b > 0, the first one tried, a number, a schedule of the update number r, or a function of
             theta. None: a.
         num_barrier_steps: M, at least 1, static.
-        barrier: :math:`\sigma_r > 0`, a number, a schedule of r, or a function of theta; default 0.1 / (r + 1).
+        barrier: :math:`\sigma_r > 0`, a number, a schedule of r, or a function of theta; default
+            :math:`0.3 / \sqrt{r + 1}`.
         slack: :math:`\delta_r > 0`, likewise; default 1 / (r + 1).
         regularization: :math:`m_r \ge 0`, likewise; default 0.01 / (r + 1).
         outer_regularization: :math:`t_r \ge 0`, likewise; default 0.01 / (r + 1).
@@ -102,7 +106,7 @@ def bvfsm(
     Cost: K gradients of f; M gradients and at least M values of f and F; two more gradients of f, one of F.
 
     Source: Liu, Liu, Zeng, Zhang and Zhang (2021), arXiv 2110.04974, algorithm 1 with the logarithmic barrier. Differs:
-    the steps are halved, and x restarts at z where it is outside; the barrier is on the gap, slackened.
+    the steps are halved, and x returns where it is outside; the barrier is on the gap, slackened.
 
     Example:
         >>> import jax, odljax as odl
@@ -172,8 +176,24 @@ def bvfsm(
             halvings = jax.lax.while_loop(rejected, lambda halvings: halvings + 1, jnp.zeros((), int))
             return _tree.where(halvings <= max_halvings, candidate(halvings), x), None
 
-        x = _tree.where(gap_of(state.x) > 0, state.x, z)
-        x, _ = jax.lax.scan(descend, x, length=num_barrier_steps)
+        gap_and_slope = jax.value_and_grad(gap_of)
+        start_gap, start_slope = gap_and_slope(state.x)
+        enough = jnp.where(start_gap > 0, jnp.zeros_like(start_gap), like(delta, start_gap) / 2)
+
+        def outside(carry: Any) -> Array:
+            _, gap, _, k = carry
+            return (k < num_steps) & (gap <= enough)
+
+        def towards(carry: Any) -> Any:
+            x, _, slope, k = carry
+            x = step_along(x, -walk_step(theta, k), slope, theta, project)
+            return (x, *gap_and_slope(x), k + 1)
+
+        # Theta has moved and the slack has shrunk. z would do, but may lie in another basin, far from where x was. Half
+        # the slack, because next to the wall the gradient is huge.
+        start = (state.x, start_gap, start_slope, jnp.zeros((), int))
+        x, gap, _, _ = jax.lax.while_loop(outside, towards, start)
+        x, _ = jax.lax.scan(descend, _tree.where(gap > 0, x, z), length=num_barrier_steps)
         # The gradient spelled out: x and z are held, and f is evaluated once.
         value, _, F_theta = both(outer_loss, x, theta, outer_data)
         f_value, f_x, f_theta = both(inner_loss, x, theta, inner_data)
