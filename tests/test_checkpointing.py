@@ -101,8 +101,8 @@ def test_the_compiled_gradient_keeps_the_budget():
         assert bytes_at[budget] <= budget + working
     assert bytes_at[48_000] < bytes_at[70_000] < bytes_at[300_000] < plain / 10
     assert temporary_bytes(256, stopping=True, memory_budget=100_000) <= 100_000 + working + 64 * 256
-    # All levels: sixteen times the steps for less than twice the bytes.
-    assert temporary_bytes(4096, memory_budget=56_000) <= 56_000 + working < 2 * bytes_at[48_000]
+    # All levels: sixteen times the steps for less than one and a half times the bytes.
+    assert temporary_bytes(4096, memory_budget=56_000) < 1.5 * bytes_at[48_000]
 
 
 def test_refusals():

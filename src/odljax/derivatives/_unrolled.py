@@ -187,29 +187,29 @@ def _scan(
     if memory_budget is not None:
         carried = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry))
         segments = plan_segments(who, length, carried, _bytes_of_a_step(body, carry), memory_budget)
-    return _nested(body, carry, jnp.arange(length), segments)
+    return _nested(body, carry, length, segments)
 
 
-def _nested(body: Callable[..., Any], carry: Any, steps: Any, segments: list[int]) -> tuple[Any, Any]:
-    """A scan in segments of the first length, which are scans in segments of the second length, and so on."""
-    length = len(steps)
+def _nested(body: Callable[..., Any], carry: Any, length: int, segments: list[int], first: Any = 0) -> tuple[Any, Any]:
+    """A scan over ``first + arange(length)`` in segments of the first length, which are scans in segments of the
+    second, and so on; each level counts its own steps, so that no level holds as many numbers as there are steps."""
     while segments and segments[0] >= length:
         segments = segments[1:]
     if not segments:
-        return jax.lax.scan(body, carry, steps)
-    first, *inner = segments
-    whole = length - length % first
+        return jax.lax.scan(body, carry, first + jnp.arange(length))
+    size, *inner = segments
+    count, rest = divmod(length, size)
 
-    def segment(carry: Any, steps: Any) -> tuple[Any, Any]:
-        return _nested(body, carry, steps, inner)
+    def segment(length: int) -> Callable[..., tuple[Any, Any]]:
+        return lambda carry, first: _nested(body, carry, length, inner, first)
 
-    inside_scan = jax.checkpoint(segment, prevent_cse=False)
-    carry, rows = jax.lax.scan(inside_scan, carry, steps[:whole].reshape(whole // first, first))
-    rows = jax.tree.map(lambda column: column.reshape(whole, *column.shape[2:]), rows)
-    if whole == length:
+    inside_scan = jax.checkpoint(segment(size), prevent_cse=False)
+    carry, rows = jax.lax.scan(inside_scan, carry, first + size * jnp.arange(count))
+    rows = jax.tree.map(lambda column: column.reshape(count * size, *column.shape[2:]), rows)
+    if not rest:
         return carry, rows
-    carry, rest = jax.checkpoint(segment)(carry, steps[whole:])
-    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, rest)
+    carry, last = jax.checkpoint(segment(rest))(carry, first + jnp.asarray(count * size))
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, last)
 
 
 def _stored(length: int, carried: int, a_step: int, segments: list[int]) -> int:
