@@ -413,6 +413,42 @@ def test_a_projection_keeps_x_inside(name):
         CONSTRAINED[name](projection=lambda x: x)
 
 
+def mixed_inner(x, theta):
+    fit = 0.5 * jnp.sum((x["a"] - theta["w"]) ** 2)
+    return fit.astype(jnp.float32) + 0.5 * jnp.sum(x["b"] ** 2)
+
+
+def mixed_outer(x, theta):
+    return 0.5 * jnp.sum((x["a"] - 1) ** 2).astype(jnp.float32) + jnp.sum(x["b"]) * theta["v"]
+
+
+soften = lambda v, theta, size: jax.tree.map(lambda leaf: odl.prox.l1(leaf, jnp.asarray(0.1, leaf.dtype), size), v)
+MIXED = {
+    "alternating": {},
+    "bamm": {},
+    "bome": {"barrier": "value_gap"},
+    "bvfsm": {"num_steps": 2, "num_barrier_steps": 2},
+    "gap_function": {"constraints": lambda x, theta: {"c": x["b"] - theta["v"]}, "multiplier_bound": 3},
+    "meha": {"prox": soften, "nonsmooth": lambda x, theta: 0.1 * jnp.sum(jnp.abs(x["b"]))},
+    "pbgd": {"warm_start": True},
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_trees_of_two_dtypes_and_coefficients_of_theta(name):
+    """A bfloat16 and a float32 leaf, float64 on, a step size that is a function of theta in float32."""
+    build = getattr(h, name)
+    hyper = build(mixed_inner, mixed_outer, step_size=lambda theta: 0.1 * jnp.exp(theta["v"]), **MIXED[name])
+    x0 = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2, jnp.float32)}
+    theta = {"w": jnp.zeros(3, jnp.bfloat16), "v": jnp.zeros((), jnp.float32)}
+    signature = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    state = hyper.init(theta, x0)
+    gradient, new_state, info = jax.jit(hyper.update)(theta, state)
+    assert signature(gradient) == signature(theta)
+    assert signature(new_state) == signature(state)
+    assert int(info.status) == odl.Status.COMPLETED
+
+
 def test_options_are_checked(monkeypatch):
     monkeypatch.setattr(config, "jaxtyping_disable", True)  # it would speak first
     with pytest.raises(ValueError, match="barrier must be"):

@@ -103,7 +103,8 @@ def bvfsm(
         ValueError: a coefficient or count out of range.
         TypeError: a loss that is no function; at trace time, a loss that is not a real scalar, data that is not a pair.
 
-    Cost: K gradients of f; M gradients and at least M values of f and F; two more gradients of f, one of F.
+    Cost: K gradients of f; M gradients and at least M values of f and F; two more gradients of f, one of F; the state
+    holds x and z. The update has loops that end by themselves, hence no reverse derivative of its own.
 
     Source: Liu, Liu, Zeng, Zhang and Zhang (2021), arXiv 2110.04974, algorithm 1 with the logarithmic barrier. Differs:
     the steps are halved, and x returns where it is outside; the barrier is on the gap, slackened.
@@ -142,6 +143,7 @@ def bvfsm(
         theta = _tree.strong(theta)
         r = state.outer.t
         sigma, delta, m, t, b = (of(theta, r) for of in (sigma_of, slack_of, m_of, t_of, step))
+        first = jnp.asarray(b)
 
         def regularised(z: X, theta: Theta) -> Array:
             value = inner_loss(z, theta, *inner_data)
@@ -165,7 +167,7 @@ def bvfsm(
             value, slope = jax.value_and_grad(inside)(x)
 
             def candidate(halvings: Array) -> X:
-                return step_along(x, b * 0.5 ** halvings.astype(float), slope, theta, project)
+                return step_along(x, first * like(0.5 ** halvings.astype(float), first), slope, theta, project)
 
             def rejected(halvings: Array) -> Array:
                 new = candidate(halvings)
@@ -354,8 +356,8 @@ def pbgd(
     Cost: one gradient of F and, for the value gap, T + 2 of f; for the gradient norm one of f, one Hessian-vector and
     one cross product. The state holds x, and w where it is warm.
 
-    Source: Shen and Chen (2023), arXiv 2302.05185, algorithm 1 (value gap) and section 4 (gradient norm). Differs: x
-    and theta have steps of their own, that of x divided by :math:`1 + \gamma_k`.
+    Source: Shen and Chen (2023), arXiv 2302.05185, algorithm 1 with either of its penalties. Differs: x and theta have
+    steps of their own, that of x divided by :math:`1 + \gamma_k`.
 
     Example:
         >>> import jax, odljax as odl
@@ -394,7 +396,8 @@ def pbgd(
         theta = _tree.strong(theta)
         x, w, t = state.x, state.minimiser, state.outer.t
         gamma = gamma_of(theta, t)
-        a = step(theta, t) / (1 + gamma)
+        a = jnp.asarray(step(theta, t))
+        a = a / (1 + like(gamma, a))
         value, F_x, F_theta = both(outer_loss, x, theta, outer_data)
         if by_norm:
             slope, pull = jax.vjp(lambda x, theta: jax.grad(inner_loss)(x, theta, *inner_data), x, theta)
