@@ -42,10 +42,17 @@ def _remembered(quantities: Callable[[Array], Any], num_batches: int) -> Memory:
 
 def _exchanged(memory: Memory, batch: Array, new: Any) -> tuple[Any, Memory]:
     """The variance-reduced quantities, new - remembered + mean, and the memory that has seen the new ones."""
-    change = jax.tree.map(lambda new, rows: new - rows[batch], new, memory.table)
+    read = lambda _, old: jax.tree.map(  # noqa: E731
+        lambda rows: jax.lax.dynamic_index_in_dim(rows, batch, keepdims=False), memory.table
+    )
+    # A loop of one step, and a row that is written as old + change: read and write are kept apart, and the tables stay
+    # in place. Otherwise XLA fuses the read into the write and copies all of the tables at each update.
+    old = jax.lax.fori_loop(0, jnp.where(batch >= 0, 1, 0), read, _tree.zeros_like(new))
+    change = _tree.subtract(new, old)
     estimate = _tree.add(change, memory.mean)
     num_batches = len(jax.tree.leaves(memory.table)[0])
-    table = jax.tree.map(lambda rows, new: rows.at[batch].set(new), memory.table, new)
+    put = jax.lax.dynamic_update_index_in_dim
+    table = jax.tree.map(lambda rows, row: put(rows, row, batch, 0), memory.table, _tree.add(old, change))
     return estimate, Memory(table, _tree.add_scaled(memory.mean, 1 / num_batches, change))
 
 

@@ -57,6 +57,7 @@ def srba(
     adjoint_step_size: Coefficient | None = None,
     refresh_every: int | None = None,
     batch_size: int | tuple[int, int] | None = None,
+    fixed_batches: bool = False,
     key: Array | None = None,
 ) -> Hypergradient[X, Theta]:
     r"""Returns SRBA: SOBA with SARAH recursions, whose noise vanishes as it converges, without tables.
@@ -81,6 +82,9 @@ def srba(
         refresh_every: q, at least 1, static; None: the number of rows over that of the rows of a draw, both of inner
             and outer data together, rounded down, at least 1.
         batch_size: rows of an inner and an outer minibatch, at least 1, or a pair. None: all rows.
+        fixed_batches: draw one of the n / b contiguous batches of b rows instead of rows from everywhere: memory is
+            read in one piece, which is some times faster where a minibatch is small. b must divide n; shuffle sorted
+            data beforehand.
         key: of the draws; default ``jax.random.key(0)``.
 
     Raises:
@@ -111,7 +115,7 @@ def srba(
     adjoint_step = step if adjoint_step_size is None else coefficient(who, "adjoint_step_size", adjoint_step_size)
     if refresh_every is not None:
         count(who, "refresh_every", refresh_every)
-    batches = minibatches(who, batch_size, key)
+    batches = minibatches(who, batch_size, key, fixed_batches=fixed_batches)
 
     def init(theta: Theta, x0: X, *data: Any) -> SRBAState:
         x, walk = start_inner(who, theta, x0), start_outer(theta)
