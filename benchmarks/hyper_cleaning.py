@@ -8,7 +8,7 @@ loss, learned so that the model trained with these weights does well on clean va
 All rows, of both libraries, start from theta = 0, take inner gradient steps of one size on minibatches of one size, as
 many of them in all, and hand their gradient to Adam with the rate ``TRAVEL / updates``. What else a method needs is
 its default, or is named in its row. Methods with an inner loop take ``steps`` inner steps an update, single loops one,
-and as many more updates. Methods that solve carry the inner iterate on from one update to the next.
+and as many more updates. The inner iterate is carried on from one update to the next, unless the row is *restarted*.
 
 Reported are the test accuracy of the method's own model; that of a model trained anew on the training data with the
 final weights, by Adam, the same for all (*refit*: methods that let the model descend F train it on clean validation
@@ -275,6 +275,7 @@ def methods() -> list[Method]:
         "one-step": _warm(lambda s, b: odl.one_step(s)),
         "phantom": _warm(lambda s, b: odl.phantom(s, b.steps)),
         "HODL": hodl,
+        "pessimistic, restarted": lambda b, loss: h.pessimistic(odl.unrolled(_descent(b, loss)), outer),
     }
     loops = {
         "BDA": _pair(h.bda, num_steps=steps, warm_start=True),
@@ -551,7 +552,7 @@ def budgets(images: Images, smoke: bool) -> list[Budget]:
     features = images.train[0].shape[1]
     if smoke:
         return [Budget((features, 10), 0.1, 4, 3, 50), Budget((features, 6, 10), 0.1, 4, 3, 50)]
-    return [Budget((features, 10), 0.1, 100, 10, 1000), Budget((features, 300, 10), 0.1, 100, 5, 500)]
+    return [Budget((features, 10), 0.1, 100, 10, 1000), Budget((features, 300, 10), 0.1, 100, 5, 250)]
 
 
 def judged(found: dict[str, Any], task: Task, budget: Budget, images: Images, steps: int) -> dict[str, Any]:
