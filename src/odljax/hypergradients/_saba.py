@@ -95,6 +95,7 @@ def saba(
     Cost: one gradient, one Hessian-vector and one cross product of f, one gradient of F, on minibatches; ``init``
     takes them once of all batches. With :math:`B_f` inner and :math:`B_F` outer batches the state holds
     :math:`(2 B_f + B_F)` copies of x and :math:`(B_f + B_F)` of theta.
+    ``info.inner_residual`` is the norm of the direction that x takes.
 
     Source: Dagreou, Ablin, Vaiter and Moreau (2022), algorithm 1 with SAGA directions.
 

@@ -93,6 +93,7 @@ def srba(
 
     Cost: two gradients, two Hessian-vector and two cross products of f, two gradients of F, on minibatches, and once
     in q updates one of each on all rows; the state holds five copies of x and one of theta.
+    ``info.inner_residual`` is the norm of the direction that x takes.
 
     Source: Dagreou, Moreau, Vaiter and Ablin (2023), algorithm 1.
 

@@ -114,6 +114,7 @@ def sustain(
 
     Cost: two gradients, 2 (q + 1) Hessian-vector and two cross products of f, two gradients of F, on minibatches;
     under ``vmap`` the longest q of the batch; the state holds three copies of x and one of theta.
+    ``info.inner_residual`` is the norm of the direction that x takes.
 
     Source: Khanduri, Zeng, Hong, Wai, Wang and Yang (2021), algorithm 1; one momentum for both directions, and the
     inner gradient shares the minibatch of the cross product.
@@ -192,6 +193,7 @@ def mrbo(
 
     Cost: two gradients, 2 (Q + 1) Hessian-vector and two cross products of f, two gradients of F, on minibatches; the
     state holds three copies of x and one of theta.
+    ``info.inner_residual`` is the norm of the direction that x takes.
 
     Source: Yang, Ji and Liang (2021), algorithm 1; one momentum for both directions, and the inner gradient shares
     the minibatch of the cross product.

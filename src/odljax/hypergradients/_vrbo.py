@@ -89,6 +89,7 @@ def vrbo(
 
     Cost: 2 K gradients, 2 K (Q + 1) Hessian-vector and 2 K cross products of f, 2 K gradients of F, on minibatches,
     and once in p updates one such series on all rows; the state holds three copies of x and one of theta.
+    ``info.inner_residual`` is the norm of the direction that x takes.
 
     Source: Yang, Ji and Liang (2021), algorithm 2; x moves after each of K evaluations, so that the gradient belongs
     to the x before the last step, and the refresh takes all rows.
