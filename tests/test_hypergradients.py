@@ -390,3 +390,25 @@ def test_a_metric_that_is_none_is_shown():
     _, _, info = hyper.update(jnp.asarray(1.0), hyper.init(jnp.asarray(1.0), jnp.zeros(2)))
     assert odl.Status(int(info.status)) is odl.Status.NON_FINITE
     assert np.isnan(odl.diagnostics.expansion(operator, jnp.ones(2), 1.0).factor)
+
+
+@pytest.mark.parametrize("derivative", ["implicit", "unrolled", "unrolled(checkpoint)", "truncated", "forward"])
+def test_the_number_of_an_outer_step_may_be_captured(derivative):
+    """The loss looks at a whole number of the loop around the solver; first and second derivatives find it again."""
+    scales = jnp.linspace(1.0, 2.0, 4)
+
+    def chained(theta, solve):
+        def body(carry, k):
+            return carry + scales[k] * solve(theta * carry, k), None
+
+        return jax.lax.scan(body, jnp.ones(()), jnp.arange(4))[0]
+
+    def solve(target, k):
+        loss = lambda x, theta: 0.5 * scales[k] * (x - theta) ** 2
+        solver = DERIVATIVES[derivative](odl.for_steps(odl.gradient_descent(loss, 0.4), NUM_STEPS))
+        return solver(0.0, target).x
+
+    compute = lambda solve: jax.jit(
+        lambda theta: (jax.grad(chained)(theta, solve), jax.grad(jax.grad(chained))(theta, solve))
+    )(0.5)
+    close(compute(solve), compute(lambda target, k: target), 1e-9)

@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from .._checks import is_a
 from .._types import Theta, X
 from ..solvers import Solution, Solver, for_steps, until_converged
+from ._moving import hoisted
 
 
 def forward(solver: Solver[X, Theta]) -> Solver[X, Theta]:
@@ -60,7 +61,7 @@ def forward(solver: Solver[X, Theta]) -> Solver[X, Theta]:
         return solution.x, solution._replace(x=None)
 
     def solve(x0: X, theta: Theta) -> Solution:
-        function, captured = jax.closure_convert(run, x0, theta)
+        function, captured = hoisted(run, x0, theta)
         x, rest = _accumulated(function, (x0, theta, *captured))
         return rest._replace(x=x)
 

@@ -17,7 +17,7 @@ from ..linear import LinearInfo, LinearSolver, cg, differentiable_solve, gmres, 
 from ..operators import Operator
 from ..operators._operator import displacement
 from ..solvers import Adjoint, Solution, Solver
-from ._moving import moving
+from ._moving import hoisted, moving
 from ._unrolled import stopped
 
 
@@ -123,7 +123,7 @@ def one_step(solver: Solver[X, Theta]) -> Solver[X, Theta]:
 
 def _attach(operator: Operator, linear_solver: LinearSolver, warn: bool, x: Any, theta: Any) -> Any:
     """``x`` with the implicit derivative in theta and in the tracers that the operator closes over."""
-    function, captured = jax.closure_convert(partial(displacement, operator), x, theta)
+    function, captured = hoisted(partial(displacement, operator), x, theta)
 
     def solve(matvec: Any, b: Any) -> Any:
         v, info = linear_solver(matvec, b)

@@ -1,4 +1,4 @@
-"""A value that moves with other values by a rule of its own, to any order and under every transform."""
+"""What derivative rules are made of: a value that moves by a rule of its own, and functions that capture no tracer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+
+def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """``function`` as a function of ``(*examples, *captured)``, and the tracers that it closes over.
+
+    ``jax.closure_convert`` does so for floating-point tracers only; a whole number or a flag of an outer loop that a
+    loss looks at would stay behind and be out of scope where a rule is applied.
+    """
+    from jax.extend.core import jaxpr_as_fun  # costs 30 ms, so not on import
+
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*examples)
+    traced = [i for i, const in enumerate(closed.consts) if isinstance(const, Tracer)]
+    consts = [None if i in traced else const for i, const in enumerate(closed.consts)]
+    structure = jax.tree.structure(shapes)
+
+    def converted(*arguments: Any) -> Any:
+        known, given = arguments[: len(examples)], arguments[len(examples) :]
+        merged = list(consts)
+        for i, value in zip(traced, given, strict=True):
+            merged[i] = value
+        run = jaxpr_as_fun(closed.replace(consts=merged))
+        return structure.unflatten(run(*jax.tree.leaves(known)))
+
+    return converted, [closed.consts[i] for i in traced]
 
 
 def moving(x: Any, operands: Any, tangent: Callable[[Any, Any, Any], Any]) -> Any:
