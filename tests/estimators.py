@@ -60,7 +60,7 @@ ESTIMATORS = {
     "anil": _of_tasks("anil", 2),
     "bamm": Row(lambda f, F, a: h.bamm(f, F, step_size=a, weight=lambda k: 0.5 * 0.95 ** k.astype(float))),
     "bda": Row(
-        lambda f, F, a: h.bda(f, F, step_size=a, num_steps=60, weight=lambda k: 0.5 ** (k.astype(float) + 1)),
+        lambda f, F, a: h.bda(f, F, step_size=a, num_steps=35, weight=lambda k: 0.5 ** (k.astype(float) + 1)),
         num_updates=120,
         rate=0.3,
     ),
@@ -75,7 +75,7 @@ ESTIMATORS = {
     "gap_function": Row(
         lambda f, F, a: h.gap_function(f, F, step_size=a, penalty=5.0), rate=0.2, end=lambda p: ends.envelope(p, 5.0)
     ),
-    "imaml": _of_tasks("imaml", 100, penalty=1.0),
+    "imaml": _of_tasks("imaml", 40, penalty=1.0),
     "maml": _of_tasks("maml", 2),
     "meha": Row(lambda f, F, a: h.meha(f, F, step_size=a, penalty=5.0), rate=0.2, end=lambda p: ends.envelope(p, 5.0)),
     "pbgd": Row(

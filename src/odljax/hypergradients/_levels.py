@@ -63,7 +63,8 @@ def descend(
     ``warm_started`` (then y *and* x start where they ended; the memories of estimator and optimiser begin anew), or
     again to ``descend``. The level above differentiates the updates themselves, so its gradient is as exact as this
     estimator's is, and what an estimator holds constant by definition stays so. There is no operator: for an implicit
-    derivative of the middle level nest solvers instead, the objective of one holding the solution of the other.
+    derivative of the middle level nest solvers instead, the objective of one holding the solution of the other (a
+    ``jax.checkpoint`` around two nested implicit solvers fails inside JAX; around one it works).
 
     Args:
         build: ``theta -> Hypergradient``, the estimator for y given the theta of the level above.
