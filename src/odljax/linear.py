@@ -96,7 +96,8 @@ def differentiable_solve(
 ) -> Any:
     """``solve(matvec, b)`` with the derivatives of a linear system, whichever leaves a tangent or cotangent reaches.
 
-    With ``has_aux`` it returns ``(v, aux)``, and aux carries no derivative. The barriers make symbolic zeros real: ``custom_linear_solve`` wants all leaves of b and v, or none.
+    With ``has_aux`` it returns ``(v, aux)``, and aux carries no derivative. The barriers make symbolic zeros real:
+    ``custom_linear_solve`` wants all leaves of b and v, or none.
     """
     b = jax.lax.optimization_barrier(b)
     solved = jax.lax.custom_linear_solve(matvec, b, solve, solve, symmetric=symmetric, has_aux=has_aux)

@@ -81,15 +81,12 @@ def implicit(
     if on_failure not in ("warn", "ignore"):
         raise ValueError(f"implicit: on_failure must be 'warn' or 'ignore'; {on_failure!r} came.")
 
-    def primal(x0: X, theta: Theta) -> Solution:
-        return stopped(solver.solve, x0, theta)
-
     def solve(x0: X, theta: Theta) -> Solution:
-        solution = primal(x0, theta)
+        solution = stopped(solver.solve, x0, theta)
         x = _attach(operator, linear_solver, on_failure == "warn", solution.x, theta)
         return solution._replace(x=x)
 
-    adjoint = Adjoint(primal, partial(pull_back, operator, linear_solver))
+    adjoint = Adjoint(partial(pull_back, operator, linear_solver))
     return dataclasses.replace(solver, solve=solve, derivative="implicit", adjoint=adjoint, differentiate=None)
 
 

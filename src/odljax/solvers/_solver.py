@@ -61,15 +61,13 @@ class Solution(NamedTuple):
 
 @record
 class Adjoint:
-    """The two halves of an implicit derivative, for those who want the truth about the adjoint solve.
+    """The backward half of an implicit derivative, for those who want the truth about the adjoint solve.
 
     Args:
-        solve: ``(x0, theta) -> Solution``, without a derivative.
-        pull_back: ``(x, theta, cotangent, guess) -> (theta cotangent, adjoint vector, LinearInfo)``.
+        pull_back: ``(x, theta, cotangent, guess) -> (theta cotangent, adjoint vector, LinearInfo)``; differentiable.
         name: what messages call it.
     """
 
-    solve: Callable[[Any, Any], Solution]
     pull_back: Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
     name: str = "adjoint"
 
@@ -88,7 +86,7 @@ class Solver(Generic[X, Theta]):
         history: whether residuals are recorded.
         record: ``(x, theta, k) -> pytree``, recorded at each iterate, or None.
         derivative: the name of its differentiation rule.
-        adjoint: for implicit rules, the solve without and the pull-back with the adjoint system; else None.
+        adjoint: for implicit rules, the pull-back with its adjoint system; else None.
         differentiate: puts the same rule, where it is one of the steps, on another solver; else None.
     """
 
