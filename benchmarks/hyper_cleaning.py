@@ -283,11 +283,11 @@ def methods() -> list[Method]:
         "rank one": _pair(h.rank_one, num_steps=steps),
         "BVFSM": _pair(h.bvfsm, num_steps=steps, num_barrier_steps=steps),
         "BOME": _pair(h.bome, num_steps=steps),
-        "PBGD, gap": _pair(h.pbgd, num_steps=steps, penalty=10.0),
     }
     singles = {
         "BAMM": _pair(h.bamm),
         "MEHA": _pair(h.meha),
+        "PBGD, gap": _pair(h.pbgd, num_steps=1, penalty=10.0, warm_start=True),
         "PBGD, gradient": _pair(h.pbgd, form="gradient_norm", penalty=10.0),
     }
     drawing = {
@@ -410,7 +410,9 @@ def boats() -> list[Boat]:
         Boat("VSO", first_order="VSO", options={"VSO": sequential}),
         Boat("VFO", first_order="VFO", options={"VFO": {"eta": 0.5, "u1": 0.5}}),
         Boat("MESO", first_order="MESO", single=True, options={"MESO": {"gamma_1": 1.0, "c0": 1.0}}),
-        Boat("PGDO, difference", first_order="PGDO", options={"PGDO": {**penalty, "penalty": "difference"}}),
+        Boat(
+            "PGDO, difference", first_order="PGDO", single=True, options={"PGDO": {**penalty, "penalty": "difference"}}
+        ),
     ]
 
 
