@@ -66,9 +66,9 @@ def tensors(problem: Problem) -> tuple[Any, ...]:
 
 def with_hypertorch(problem: Problem, derivative: str, method: str, _: Traces) -> Function:
     _harness.checkout("HYPERTORCH")
+    theta, start, X, y, X_outer, y_outer = tensors(problem)
     import hypergrad
 
-    theta, start, X, y, X_outer, y_outer = tensors(problem)
     theta.requires_grad_()
     step = hypergrad.GradientDescent(lambda w, theta: torch_loss(w[0], theta[0], X, y), problem.step_size)
 
