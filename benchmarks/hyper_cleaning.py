@@ -685,6 +685,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
 
 def _figure(report: dict[str, Any], network: str) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     rows = [row for row in report["rows"] if row["network"] == network]
     pollutions = list(dict.fromkeys(row["pollution"] for row in rows))
@@ -706,6 +707,8 @@ def _figure(report: dict[str, Any], network: str) -> Any:
     axes = figure.subplots(1, len(measures), sharey=True)
     for ax, (measure, label, scale) in zip(axes, measures, strict=True):
         ax.set_xscale(scale)
+        if scale == "log":
+            ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(color="0.92")
         ax.set_axisbelow(True)
         ax.spines[["top", "right", "left"]].set_visible(False)
@@ -729,7 +732,7 @@ def _figure(report: dict[str, Any], network: str) -> Any:
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     for colour, pollution in zip(colours, pollutions, strict=False):
         axes[0].plot([], [], "o", color=colour, label=f"pollution {pollution}")
-    axes[0].legend(fontsize=7, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="upper right", ncols=3)
     sizes = " / ".join(map(str, report["sizes"]))
     note = "dotted: trained on all samples; dashed: on the clean ones; hollow: BOAT"
     title = f"Hyper-cleaning, {report['data']} {sizes}, {network}; {note}\n{_harness.caption(report)}"

@@ -560,7 +560,7 @@ def table(report: dict[str, Any]) -> None:
                     *(number(side and side["compile_s"]) for side in (row, peer)),
                 ]
             )
-        columns = ["method", "updates", "passes", "|g|^2", "peer", "gap", "peer", "run s", "peer", "x", "at |g|^2", "x"]
+        columns = ["method", "updates", "passes", "g^2", "peer", "gap", "peer", "run s", "peer", "x", "at g^2", "x"]
         _harness.show(problem, [*columns, "compile s", "peer"], cells)
     for missing in report["skipped"]:
         print(f"skipped: {missing['problem']}, {missing['library']}: {missing['method']}: {missing['reason']}")
