@@ -250,12 +250,18 @@ REFUSED = {
         lambda: odl.implicit(odl.for_steps(odl.fixed_point(lambda x, theta: 0.5 * x), 3), odl.linear.cg()),
         "not declared symmetric",
     ),
-    "a whole algorithm + GDA": (lambda: h.bome(MIXED, F, step_size=0.05), "inner must be a function"),
-    "DM + GDA": (lambda: h.bamm(MIXED, F), "inner must be a function"),
-    "FD + GDA": (lambda: h.finite_difference(MIXED, F, step_size=STEP), "inner must be a function"),
+    "a whole algorithm + GDA": (
+        lambda: h.bome(MIXED, F, step_size=0.05),
+        r"Iteration\(aggregate\(.* came. bome takes its own inner steps on a loss",
+    ),
+    "DM + GDA": (lambda: h.bamm(MIXED_STEPS, F), r"Solver\(.* came. bamm takes its own inner steps on a loss"),
+    "FD + GDA": (
+        lambda: h.finite_difference(MIXED, F, step_size=STEP),
+        r"Iteration\(aggregate\(.* came. finite_difference takes its own inner steps on a loss",
+    ),
     "IGA + PTT": (
-        lambda: gradient_of(h.rank_one(h.pessimistic(STEPS, outer), F, step_size=STEP), THETA["w"]),
-        "inner must be a function",
+        lambda: h.rank_one(h.pessimistic(STEPS, outer), F, step_size=STEP),
+        r"Hypergradient\(pessimistic\(.* came. rank_one takes its own inner steps on a loss",
     ),
 }
 
@@ -274,6 +280,16 @@ def test_unsound_combinations_are_refused_with_the_reason(name):
     build, reason = REFUSED[name]
     with pytest.raises((TypeError, ValueError), match=reason):
         build()
+
+
+@pytest.mark.usefixtures("as_a_user_has_it")
+@pytest.mark.parametrize("place", ["inner", "outer"])
+@pytest.mark.parametrize("came", [DESCENT.operator, DESCENT, STEPS, THROUGH], ids=lambda came: type(came).__name__)
+def test_no_record_passes_for_a_loss(came, place):
+    """Operators and solvers can be called with two arguments, but they are no losses."""
+    given = {"inner": f, "outer": F, place: came}
+    with pytest.raises(TypeError, match=rf"bome: {place} must be a loss, .* {re.escape(repr(came))} came.* by hodl"):
+        h.bome(step_size=0.05, **given)
 
 
 def test_the_page_lists_them_all():

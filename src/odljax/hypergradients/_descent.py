@@ -50,7 +50,7 @@ def gradient_walk(
     def body(x: Any, k: Array) -> tuple[Any, None]:
         return step_along(x, step(theta, k), jax.grad(loss)(x, theta, *data), theta, project), None
 
-    return jax.lax.scan(body, x, jnp.arange(num_steps))[0]
+    return jax.lax.scan(body, x, jnp.arange(num_steps))[0] if num_steps else x
 
 
 def stationarity(x: Any, slope: Any, theta: Any, step: Scalar, project: Projection | None) -> Array:

@@ -12,6 +12,9 @@ from jax import Array
 from .. import _tree
 from .._checks import as_inner, differentiable, is_callable, record, same_as, scalar
 from .._types import State, Status, Theta, X
+from ..iterations import Iteration
+from ..operators import Operator
+from ..solvers import Solver
 
 
 class Info(NamedTuple):
@@ -106,9 +109,15 @@ def keep_finite(new: Any, old: Any) -> Any:
 
 
 def losses(who: str, inner: Any, outer: Any) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """The two losses, checked to be scalar functions of ``(x, theta, *data)``."""
-    is_callable(who, "inner", inner)
-    is_callable(who, "outer", outer)
+    """The two losses, checked to be scalar functions of ``(x, theta, *data)`` and none of our records of functions."""
+    for name, loss in (("inner", inner), ("outer", outer)):
+        if isinstance(loss, (Operator, Iteration, Solver, Hypergradient)):
+            raise TypeError(
+                f"{who}: {name} must be a loss, a function of (x, theta) or (x, theta, data); {loss!r} came. {who} "
+                f"takes its own inner steps on a loss inner(x, theta, data), and no walk, solver or estimator in its "
+                f"place. Solvers are taken by through, warm_started and pessimistic, operators and iterations by hodl."
+            )
+        is_callable(who, name, loss)
 
     def inner_loss(x: Any, theta: Any, *data: Any) -> Array:
         return scalar(who, "the inner loss", inner(x, theta, *data))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, State, Theta, X
+from ._descent import gradient_walk
 from ._estimator import (
     Hypergradient,
     Info,
@@ -30,15 +31,6 @@ class DescentState(NamedTuple):
 
     x: Any
     outer: Outer
-
-
-def _descended(loss: Any, step: Any, x: Any, theta: Any, data: tuple[Any, ...], num_steps: int) -> Any:
-    """``num_steps`` gradient steps on the inner loss."""
-
-    def body(x: Any, k: Any) -> tuple[Any, None]:
-        return _tree.add_scaled(x, -step(theta, k), jax.grad(loss)(x, theta, *data)), None
-
-    return jax.lax.scan(body, x, jnp.arange(num_steps))[0] if num_steps else x
 
 
 def finite_difference(
@@ -61,6 +53,8 @@ def finite_difference(
     ``truncated(solver, num_steps=1)``, with an error of order :math:`r^2` (none for quadratics, rounding apart). One
     step stands for the inverse Hessian, s for :math:`(\nabla^2_{xx} f)^{-1}`: biased by up to :math:`1 - s \mu` of the
     implicit term for a :math:`\mu`-strongly convex f, however long it runs. Where v = 0 the difference is zero.
+    ``info.value`` is F at x; ``info.inner_residual`` is :math:`\|\nabla_x f(y, \theta)\|`, at y, where the difference
+    is taken.
 
     Args:
         inner: f, ``(x, theta, inner_data) -> scalar``; without data ``(x, theta)``.
@@ -102,7 +96,7 @@ def finite_difference(
 
     def update(theta: Theta, state: DescentState, *data: Any) -> tuple[Theta, State, Info]:
         inner_data, outer_data = pair(who, data)
-        y = _descended(inner_loss, step, state.x, theta, inner_data, num_steps - 1)
+        y = gradient_walk(inner_loss, state.x, theta, inner_data, num_steps - 1, step, None)
         s = step(theta, jnp.asarray(num_steps - 1))
         slope = jax.grad(inner_loss)(y, theta, *inner_data)
         x = _tree.add_scaled(y, -s, slope)
@@ -179,7 +173,7 @@ def rank_one(
 
     def update(theta: Theta, state: DescentState, *data: Any) -> tuple[Theta, State, Info]:
         inner_data, outer_data = pair(who, data)
-        x = _descended(inner_loss, step, state.x, theta, inner_data, num_steps)
+        x = gradient_walk(inner_loss, state.x, theta, inner_data, num_steps, step, None)
         slope, inner_cross = jax.grad(inner_loss, argnums=(0, 1))(x, theta, *inner_data)
         value, (v, direct) = jax.value_and_grad(outer_loss, argnums=(0, 1))(x, theta, *outer_data)
         squared = _tree.vdot(slope, slope)
