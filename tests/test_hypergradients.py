@@ -412,3 +412,36 @@ def test_the_number_of_an_outer_step_may_be_captured(derivative):
         lambda theta: (jax.grad(chained)(theta, solve), jax.grad(jax.grad(chained))(theta, solve))
     )(0.5)
     close(compute(solve), compute(lambda target, k: target), 1e-9)
+
+
+@pytest.mark.parametrize("derivative", ["implicit", "one_step", "forward", "unrolled"])
+def test_a_collective_over_a_mapped_axis_finds_its_name_in_the_rule(derivative):
+    """T averages over the batch: the gradient of the mapped solver, not only the mapped gradient."""
+
+    def solve(theta, d):
+        T = lambda x, theta: 0.5 * x + theta * jax.lax.pmean(d, "batch")
+        return getattr(odl, derivative)(odl.for_steps(odl.fixed_point(T), 60))(0.0, theta).x
+
+    data = jnp.arange(1.0, 5.0)
+    total = lambda theta: jnp.sum(jax.vmap(lambda d: solve(theta, d), axis_name="batch")(data))
+    exact = 4 * 2.5 * (1.0 if derivative == "one_step" else 2.0)
+    np.testing.assert_allclose(jax.grad(total)(1.0), exact, rtol=1e-12)
+
+
+def test_forward_inside_a_loop_keeps_its_memory_at_the_second_order(optimised):
+    """Reverse over reverse mode through a scan transposes no inner step; nor does a loop that stops by itself."""
+
+    def chained(theta, solver):
+        body = lambda carry, _: (carry + solver(jnp.zeros(50), theta * carry).x.sum() / 50, None)
+        return jax.lax.scan(body, theta, None, length=3)[0]
+
+    def compiled(make):
+        solver = odl.forward(make(odl.gradient_descent(lambda x, t: 0.5 * jnp.sum((x - t) ** 2), 0.4)))
+        return jax.jit(jax.grad(jax.grad(lambda theta: chained(theta, solver)))).lower(0.5).compile()
+
+    few, many = (compiled(lambda i, K=K: odl.for_steps(i, K)) for K in (40, 400))
+    stopping = compiled(lambda i: odl.until_converged(i, tol=1e-13, max_steps=400))
+    assert many.memory_analysis().temp_size_in_bytes <= few.memory_analysis().temp_size_in_bytes + 1024
+    exact = jax.grad(jax.grad(lambda t: t * (1 + t) ** 3))(0.5)  # x = theta * carry
+    close(many(0.5), exact, 1e-9)
+    close(stopping(0.5), exact, 1e-9)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
 from .._checks import is_a
 from .._types import Theta, X
 from ..solvers import Solution, Solver, for_steps, until_converged
-from ._moving import hoisted
+from ._moving import hoisted, recomputed
 
 
 def forward(solver: Solver[X, Theta]) -> Solver[X, Theta]:
@@ -77,37 +74,33 @@ def _bare(solver: Solver) -> Solver:
     return until_converged(solver.iteration, tol=tol, relative_tol=relative_tol, max_steps=solver.num_steps, **options)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _accumulated(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-    """``function(*arguments)``, a pair of what is differentiated, by forward accumulation, and of what is not."""
-    return function(*arguments)
+def _accumulated(function: Callable[..., Any], operands: tuple[Any, ...]) -> tuple[Any, Any]:
+    """``function(*operands)``, a pair of what is differentiated, by forward accumulation, and of what is not."""
+    structure = jax.tree.structure(operands)
+    y, rest = jax.lax.stop_gradient(function(*jax.lax.stop_gradient(operands)))
 
+    def rule(y: Any, operands: Any, tangents: list[Any]) -> Any:
+        moving = {i: t for i, t in enumerate(tangents) if t is not None}
 
-@partial(_accumulated.defjvp, symbolic_zeros=True)
-def _accumulated_jvp(function: Any, primals: Any, tangents: Any) -> Any:
-    structure = jax.tree.structure(primals[0])
-    # A symbolic zero is an argument in which no derivative is asked for: it costs no column.
-    flat = enumerate(jax.tree.leaves(tangents[0]))
-    moving = {i: jnp.asarray(t, t.dtype) for i, t in flat if not isinstance(t, SymbolicZero)}
+        def with_jacobian(*operands: Any) -> Any:
+            leaves = jax.tree.leaves(operands)
 
-    def with_jacobian(*arguments: Any) -> Any:
-        leaves = jax.tree.leaves(arguments)
+            def along(*moved: Any) -> Any:
+                all_leaves = list(leaves)
+                for i, leaf in zip(moving, moved, strict=True):
+                    all_leaves[i] = leaf
+                return function(*jax.tree.unflatten(structure, all_leaves))
 
-        def along(*moved: Any) -> Any:
-            all_leaves = list(leaves)
-            for i, leaf in zip(moving, moved, strict=True):
-                all_leaves[i] = leaf
-            return function(*jax.tree.unflatten(structure, all_leaves))
+            at = [jnp.asarray(leaves[i]) for i in moving]
+            push = lambda direction: jax.jvp(along, at, direction, has_aux=True)  # noqa: E731
+            y, jacobian, rest = jax.vmap(push, out_axes=(None, 0, None))(_basis(at))
+            return (y, jacobian), rest
 
-        at = [jnp.asarray(leaves[i], t.dtype) for i, t in moving.items()]
-        push = lambda direction: jax.jvp(along, at, direction, has_aux=True)  # noqa: E731
-        y, jacobian, rest = jax.vmap(push, out_axes=(None, 0, None))(_basis(at))
-        return (y, jacobian), rest
+        # Accumulated again: a second derivative accumulates the Jacobian's Jacobian, and transposes no loop.
+        (y, jacobian), rest = _accumulated(with_jacobian, operands)
+        return (y, rest), jax.tree.map(lambda columns: _combine(columns, list(moving.values())), jacobian)
 
-    # Through _accumulated again: a second derivative accumulates the Jacobian's Jacobian, and transposes no loop.
-    (y, jacobian), rest = _accumulated(with_jacobian, primals[0])
-    tangent = jax.tree.map(lambda columns: _combine(columns, list(moving.values())), jacobian)
-    return (y, rest), (tangent, jax.tree.map(_no_tangent, rest))
+    return recomputed(y, rest, operands, rule)
 
 
 def _basis(leaves: list[Array]) -> list[Array]:
@@ -124,8 +117,3 @@ def _combine(columns: Array, tangents: list[Array]) -> Array:
     """The Jacobian times the tangents; product, then sum: a contraction over a sharded axis is ambiguous."""
     weights = jnp.concatenate([t.ravel().astype(columns.dtype) for t in tangents])
     return jnp.sum(columns * weights.reshape(-1, *(1,) * (columns.ndim - 1)), axis=0)
-
-
-def _no_tangent(leaf: Any) -> Any:
-    floating = jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)

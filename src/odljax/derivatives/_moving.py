@@ -43,15 +43,33 @@ def moving(x: Any, operands: Any, tangent: Callable[[Any, Any, Any], Any]) -> An
     (JAX 0.10 evaluates the loop partially to hoist what does not vary, and inlines the function): a primitive keeps it.
     ``tangent`` may close over no tracer; everything that is traced travels in x and operands.
     """
+
+    def rule(x: Any, operands: Any, tangents: list[Any]) -> Any:
+        leaves, tree = jax.tree.flatten(operands)
+        full = [_zero_tangent(a) if t is None else t for a, t in zip(leaves, tangents, strict=True)]
+        return None, tangent(x, operands, tree.unflatten(full))
+
+    return recomputed(x, (), operands, rule)[0]
+
+
+def recomputed(x: Any, still: Any, operands: Any, rule: Callable[[Any, Any, list[Any]], Any]) -> tuple[Any, Any]:
+    """``(x, still)``, of which x moves and the rest does not, by a rule that may compute both again.
+
+    ``rule(x, operands, tangents)`` gets a list of tangents, one a leaf of the operands, None where no derivative is
+    asked for; it returns ``((x, still), tangent of x)``, the pair in the place of what is there, or None to keep that.
+    """
     x_leaves, x_tree = jax.tree.flatten(x)
+    still_leaves, still_tree = jax.tree.flatten(still)
     leaves, tree = jax.tree.flatten(operands)
-    size = len(x_leaves)
+    sizes = (len(x_leaves), len(still_leaves))
 
-    def rule(arguments: Any, tangents: Any) -> Any:
-        x, operands = x_tree.unflatten(arguments[:size]), tree.unflatten(arguments[size:])
-        return jax.tree.leaves(tangent(x, operands, tree.unflatten(tangents)))
+    def on_leaves(arguments: list[Any], tangents: list[Any]) -> Any:
+        x, operands = x_tree.unflatten(arguments[: sizes[0]]), tree.unflatten(arguments[sum(sizes) :])
+        again, moved = rule(x, operands, tangents)
+        return None if again is None else jax.tree.leaves(again), jax.tree.leaves(moved)
 
-    return x_tree.unflatten(_moving().bind(*x_leaves, *leaves, rule=rule, size=size))
+    out = _moving().bind(*x_leaves, *still_leaves, *leaves, rule=on_leaves, sizes=sizes)
+    return x_tree.unflatten(out[: sizes[0]]), still_tree.unflatten(out[sizes[0] :])
 
 
 @functools.cache
@@ -61,53 +79,53 @@ def _moving() -> Any:
 
     primitive = Primitive("odljax_moving")
     primitive.multiple_results = True
-    primitive.def_impl(lambda *arguments, rule, size: list(arguments[:size]))
-    primitive.def_abstract_eval(lambda *arguments, rule, size: list(arguments[:size]))
-    mlir.register_lowering(primitive, lambda ctx, *arguments, rule, size: arguments[:size])
+    primitive.def_impl(lambda *arguments, rule, sizes: list(arguments[: sum(sizes)]))
+    primitive.def_abstract_eval(lambda *arguments, rule, sizes: list(arguments[: sum(sizes)]))
+    mlir.register_lowering(primitive, lambda ctx, *arguments, rule, sizes: arguments[: sum(sizes)])
 
-    def jvp(primals: Any, tangents: Any, *, rule: Any, size: int) -> Any:
+    def zero(value: Any) -> Any:
+        return ad.Zero(jax.typeof(value).to_tangent_aval())
+
+    def jvp(primals: Any, tangents: Any, *, rule: Any, sizes: tuple[int, int]) -> Any:
         # The primitive again: a second derivative sees how x itself moves.
-        x = primitive.bind(*primals, rule=rule, size=size)
-        if all(type(t) is ad.Zero for t in tangents[size:]):
-            return x, [ad.Zero.from_primal_value(one) for one in x]  # pyright: ignore[reportAttributeAccessIssue]
-        real = [
-            _no_tangent(operand) if _whole(operand) else ad.instantiate_zeros(t)
-            for operand, t in zip(primals[size:], tangents[size:], strict=True)
-        ]
-        return x, rule([*x, *primals[size:]], real)
+        values = primitive.bind(*primals, rule=rule, sizes=sizes)
+        asked = zip(primals[sum(sizes) :], tangents[sum(sizes) :], strict=True)
+        given = [None if type(t) is ad.Zero or _whole(a) else t for a, t in asked]
+        if all(t is None for t in given):
+            return values, [zero(value) for value in values]
+        again, moved = rule([*values, *primals[sum(sizes) :]], given)
+        values = values if again is None else again
+        return values, [*moved, *(zero(value) for value in values[sizes[0] :])]
 
-    def batch(arguments: Any, axes: Any, *, rule: Any, size: int) -> Any:
+    def batch(axis_data: Any, arguments: Any, axes: Any, *, rule: Any, sizes: tuple[int, int]) -> Any:
         mapped = [axis is not None for axis in axes]
-        (length,) = {a.shape[axis] for a, axis, on in zip(arguments, axes, mapped, strict=True) if on}
+        if not any(mapped):
+            return primitive.bind(*arguments, rule=rule, sizes=sizes), [None] * sum(sizes)
         front = [jnp.moveaxis(a, axis, 0) if on else a for a, axis, on in zip(arguments, axes, mapped, strict=True)]
-        for i in range(size):
+        for i in range(sum(sizes)):
             if not mapped[i]:
-                front[i] = jnp.broadcast_to(front[i], (length, *front[i].shape))
-        places = [0 if i < size or on else None for i, on in enumerate(mapped)]
+                front[i] = jnp.broadcast_to(front[i], (axis_data.size, *front[i].shape))
+        places = [0 if i < sum(sizes) or on else None for i, on in enumerate(mapped)]
+        # The same axis, so that a collective over it finds its name in the rule too.
+        axis = {"axis_name": axis_data.name, "axis_size": axis_data.size, "spmd_axis_name": axis_data.spmd_name}
 
-        def batched(arguments: Any, tangents: Any) -> Any:
-            # Whole numbers have no tangent, and their stand-ins cannot be mapped: they are made inside.
-            some = [None if _whole(a) else t for a, t in zip(arguments[size:], tangents, strict=True)]
-            spots = [None if t is None else place for t, place in zip(some, places[size:], strict=True)]
-
+        def batched(arguments: list[Any], tangents: list[Any]) -> Any:
             # A leaf that is the same for all has a tangent that is, too.
-            def one(arguments: Any, some: Any) -> Any:
-                tangents = [_no_tangent(a) if t is None else t for a, t in zip(arguments[size:], some, strict=True)]
-                return rule(arguments, tangents)
+            spots = [None if t is None else place for t, place in zip(tangents, places[sum(sizes) :], strict=True)]
+            return jax.vmap(rule, in_axes=(places, spots), **axis)(arguments, tangents)
 
-            return jax.vmap(one, in_axes=(places, spots))(arguments, some)
-
-        return primitive.bind(*front, rule=batched, size=size), [0] * size
+        return primitive.bind(*front, rule=batched, sizes=sizes), [0] * sum(sizes)
 
     ad.primitive_jvps[primitive] = jvp
-    batching.primitive_batchers[primitive] = batch
+    batching.fancy_primitive_batchers[primitive] = batch
     return primitive
 
 
 def _whole(leaf: Any) -> bool:
-    """Whether a leaf has no derivative."""
-    return not jnp.issubdtype(leaf.dtype, jnp.inexact)
+    """Whether a leaf, perhaps a Python number, has no derivative."""
+    return not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def _no_tangent(leaf: Any) -> np.ndarray:
-    return np.zeros(np.shape(leaf), jax.dtypes.float0)
+def _zero_tangent(leaf: Any) -> Any:
+    """The zero tangent of a leaf; whole numbers have one of their own kind."""
+    return np.zeros(np.shape(leaf), jax.dtypes.float0) if _whole(leaf) else jnp.zeros_like(leaf)

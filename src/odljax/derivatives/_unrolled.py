@@ -25,6 +25,7 @@ from ..solvers._solver import (
     stopping_finish,
     stopping_start,
 )
+from ._moving import hoisted
 
 
 def unrolled(
@@ -261,7 +262,7 @@ def _balanced(length: int, innermost: int, levels: int) -> list[int]:
 def _bytes_of_a_step(body: Callable[..., Any], carry: Any) -> int:
     """What reverse mode through a scan stores for each step: the growth of its residuals from two steps to three."""
     carry = jax.lax.stop_gradient(carry)
-    function, captured = jax.closure_convert(body, carry, jnp.zeros((), int))
+    function, captured = hoisted(body, carry, jnp.zeros((), int))
     leaves, structure = jax.tree.flatten((carry, captured))
     floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
@@ -286,5 +287,5 @@ def _bytes_of_a_step(body: Callable[..., Any], carry: Any) -> int:
 
 def stopped(function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(*arguments)`` without a derivative, neither in the arguments nor in tracers that it closes over."""
-    run, captured = jax.closure_convert(function, *arguments)
+    run, captured = hoisted(function, *arguments)
     return jax.lax.stop_gradient(run(*jax.lax.stop_gradient((*arguments, *captured))))
