@@ -278,21 +278,31 @@ def test_four_levels():
 # ---- what else a level owes -----------------------------------------------------------------------------------------
 
 
-def test_a_stochastic_estimator_as_a_level():
-    """Minibatches inside: keys travel in the state; with all rows a batch, the answer is that of the closed form."""
+@pytest.mark.parametrize("batch_size", [24, 8], ids=["full", "minibatches"])
+def test_a_stochastic_estimator_as_a_level(batch_size):
+    """Keys travel in the state; with all rows a batch, end and derivative are those of the closed form."""
     problem = odl.problems.finite_sum()
     data = (problem.inner_data, problem.outer_data)
 
     def build(theta):
         outer = lambda x, y, rows: problem.outer(x, y, rows) + 0.5 * jnp.sum((y - theta) ** 2)
-        return h.soba(problem.inner, outer, step_size=problem.step_size, batch_size=8)
+        return h.soba(problem.inner, outer, step_size=problem.step_size, batch_size=batch_size)
 
-    walk = h.descend(build, optax.sgd(0.05), data=data)
-    start = h.Level(problem.theta, problem.x0)
-    solve = jax.jit(jax.value_and_grad(lambda theta: jnp.sum(odl.for_steps(walk, 20)(start, theta).x.theta)))
-    value, gradient = solve(problem.theta)
-    assert jnp.isfinite(value)
-    assert float(jnp.abs(gradient).min()) > 1e-3
+    num_steps = 400 if batch_size == 24 else 20
+    solver = odl.for_steps(h.descend(build, optax.sgd(0.2), data=data), num_steps)
+    start, weights = h.Level(problem.theta, problem.x0), jnp.asarray([1.0, -2.0])
+    ends = lambda theta: (y := solver(start, theta).x.theta, weights @ y)[::-1]
+    (_, end), gradient = jax.jit(jax.value_and_grad(ends, has_aux=True))(problem.theta)
+    if batch_size == 8:
+        assert bool(jnp.all(jnp.isfinite(end) & jnp.isfinite(gradient)))
+        return
+    # x(y) = B y + z, and the loss of y is |x(y) - c|^2 / 2 + |y|^2 / 2 + |y - theta|^2 / 2 up to a constant.
+    zero, one = np.zeros(2), np.eye(2)
+    B = np.stack([np.asarray(problem.solution(e) - problem.solution(zero)) for e in one], axis=1)
+    curvature = B.T @ B + one
+    right = curvature @ np.asarray(problem.minimiser) + np.asarray(problem.theta)
+    np.testing.assert_allclose(end, np.linalg.solve(curvature + one, right), atol=1e-9)
+    np.testing.assert_allclose(gradient, np.linalg.solve(curvature + one, weights), atol=1e-9)
 
 
 def test_a_level_of_tasks_needs_no_start():

@@ -530,20 +530,94 @@ def test_trees_of_several_dtypes_and_schedules(name):
     assert signature(info.x) == signature(x)
 
 
-@pytest.mark.parametrize("name", ["amigo", "stocbio", "bsa", "ttsa", "f2sa", "pzobo"])
+SMALL = {name: {k: 2 if k.startswith("num_") else v for k, v in o.items()} for name, (_, o) in FORMULAS.items()}
+SMALL["srba"] = {**SMALL["srba"], "refresh_every": 2}
+
+
+def kept(state):
+    """All but the draws and the outer walk."""
+    return [part for name, part in state._asdict().items() if name not in ("batches", "key", "outer")]
+
+
+@pytest.mark.parametrize("name", FORMULAS)
 def test_one_bad_theta_does_not_spoil_the_walk(name):
-    hyper = getattr(h, name)(inner, outer, step_size=0.1)
+    """Nor does one update with NaN in its data, be it the first, which sets the memories, or a later one."""
+    hyper = getattr(h, name)(inner, outer, batch_size=(4, 3), **SMALL[name])
     theta, x0 = jnp.asarray(THETA), jnp.asarray(X0)
 
     @jax.jit
-    def run(state):
-        _, state, bad = hyper.update(theta * jnp.nan, state, *DATA)
-        return bad.status, hyper.update(theta, state, *DATA)[2].status
+    def run(thetas, scales):
+        def body(state, now):
+            theta, scale = now
+            data = jax.tree.map(lambda leaf: leaf * scale, DATA)
+            gradient, new, info = hyper.update(theta, state, *data)
+            return new, (gradient, info.status, kept(new), new.outer)
 
-    assert [int(status) for status in run(hyper.init(theta, x0, *DATA))] == [
-        odl.Status.NON_FINITE,
-        odl.Status.COMPLETED,
-    ]
+        return jax.lax.scan(body, hyper.init(theta, x0, *DATA), (thetas, scales))[1]
+
+    completed, bad = int(odl.Status.COMPLETED), int(odl.Status.NON_FINITE)
+    for which in (0, 2):
+        spoiled = jnp.ones(5).at[which].set(jnp.nan)
+        thetas = theta[None] + 0.1 * jnp.arange(5.0)[:, None]
+        for arguments in ((thetas * spoiled[:, None], jnp.ones(5)), (thetas, spoiled)):
+            gradients, statuses, states, walks = run(*arguments)
+            assert statuses.tolist() == [bad if t == which else completed for t in range(5)]
+            if arguments[0] is not thetas:
+                assert bool(jnp.all(jnp.isnan(gradients[which])))  # told, not repaired
+            assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((states, walks)))
+            assert walks.t.tolist() == ([0, 1, 2, 3, 4] if which == 0 else [1, 2, 3, 4, 5])
+            if which:
+                for leaf in jax.tree.leaves((states, walks.theta)):
+                    np.testing.assert_array_equal(leaf[which], leaf[which - 1])
+
+
+@pytest.mark.parametrize("name", ["srba", "fsla", "mrbo", "vrbo"])
+def test_memories_start_at_the_first_good_update(name):
+    hyper = getattr(h, name)(inner, outer, **SMALL[name])
+    theta, x0 = jnp.asarray(THETA), jnp.asarray(X0)
+    update, state = jax.jit(hyper.update), hyper.init(jnp.asarray(THETA), x0, *DATA)
+    gradient, fresh, info = update(theta, state, *DATA)
+    again, late, late_info = update(theta, update(theta * jnp.nan, state, *DATA)[1], *DATA)
+    expected = jax.tree.leaves((gradient, kept(fresh), fresh.outer, info))
+    for one, other in zip(expected, jax.tree.leaves((again, kept(late), late.outer, late_info)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_not_finite_beside_the_gradient_is_told():
+    """The new adjoint overflows; gradient, value and x do not."""
+    hyper = h.soba(lambda x, y: (x - y) ** 2 / 2, lambda x, y: 1e200 * x, step_size=0.1, adjoint_step_size=1e200)
+    gradient, state, info = hyper.update(1.0, hyper.init(1.0, 0.0))
+    assert bool(jnp.all(jnp.isfinite(jnp.stack([gradient, info.value, info.x]))))
+    assert int(info.status) == odl.Status.NON_FINITE
+    assert (float(state.x), float(state.adjoint)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_reverse_mode_through_updates(name):
+    """A level above differentiates gradients and states in what the losses close over; against a difference."""
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(s):
+        bent_inner = lambda x, theta, data: inner(x, theta, data) + jnp.sum(jnp.sin(s * x))
+        bent_outer = lambda x, theta, data: s * outer(x, theta, data)
+        hyper = getattr(h, name)(bent_inner, bent_outer, batch_size=(4, 3), **SMALL[name])
+
+        def body(carry, _):
+            theta, state = carry
+            gradient, state, _ = hyper.update(theta, state, *DATA)
+            return (theta - RATE * gradient, state), jnp.sum(gradient)
+
+        theta = jnp.asarray(THETA)
+        (theta, state), told = jax.lax.scan(body, (theta, hyper.init(theta, jnp.asarray(X0), *DATA)), length=3)
+        floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return jnp.sum(told) + sum(jnp.sum(jnp.cos(leaf)) for leaf in floats)
+
+    width = 1e-5
+    difference = (total(0.7 + width)[0] - total(0.7 - width)[0]) / (2 * width)
+    gradient = total(0.7)[1]
+    assert abs(float(gradient)) > 1e-3
+    np.testing.assert_allclose(gradient, difference, rtol=1e-7, atol=1e-8)
 
 
 def test_messages():
@@ -552,6 +626,9 @@ def test_messages():
     for name in ("fsla", "sustain", "mrbo"):
         with pytest.raises(ValueError, match=f"{name}: momentum must lie in"):
             getattr(h, name)(inner, outer, step_size=0.1, momentum=1.5)
+    with pytest.raises(ValueError, match="fsla: step_size, here the momentum too, must lie in"):
+        h.fsla(inner, outer, step_size=1.5)
+    assert h.fsla(inner, outer, step_size=1.5, momentum=0.5).name == "fsla"
     for name, option in (
         ("srba", "refresh_every"),
         ("vrbo", "refresh_every"),

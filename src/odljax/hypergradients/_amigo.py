@@ -11,7 +11,7 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
 from ._directions import Point, descend, implicit_directions
-from ._estimator import Hypergradient, Info, Outer, conclude, keep_finite, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -46,12 +46,11 @@ def _double_loop(
             inner_loss, outer_loss, batches, (Point(x, theta),), draws, data,
             step=adjoint_step(theta, t), num_steps=num_adjoint_steps, warm=state.adjoint,
         )  # fmt: skip
-        gradient, walk, info = conclude(
-            who, d.outer, theta, state.outer, value=d.value, x=x,
+        new = AmIGOState(x, v if warm_adjoint else None, draws, state.outer)
+        return finish(
+            who, d.outer, theta, state, new, value=d.value, x=x,
             inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual, num_steps=num_steps,
         )  # fmt: skip
-        v = keep_finite(v, state.adjoint) if warm_adjoint else None
-        return gradient, AmIGOState(keep_finite(x, state.x), v, draws, walk), info
 
     return Hypergradient(init, update, who)
 

@@ -11,7 +11,7 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
 from ._directions import Point, descend, implicit_directions, own_key, truncation_length
-from ._estimator import Hypergradient, Info, Outer, conclude, keep_finite, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -46,11 +46,10 @@ def _randomly_truncated(
             inner_loss, outer_loss, batches, (Point(x, theta),), draws, data,
             step=adjoint_step(theta, t), num_steps=num_terms, truncation=length,
         )  # fmt: skip
-        gradient, walk, info = conclude(
-            who, d.outer, theta, state.outer, value=d.value, x=x,
+        return finish(
+            who, d.outer, theta, state, BSAState(x, next_key, draws, state.outer), value=d.value, x=x,
             inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual, num_steps=num_steps,
         )  # fmt: skip
-        return gradient, BSAState(keep_finite(x, state.x), next_key, draws, walk), info
 
     return Hypergradient(init, update, who)
 
@@ -98,7 +97,7 @@ def bsa(
         TypeError: a loss that is no function; at trace time, a loss that is not a real scalar, data that is not a pair.
 
     Cost: K + 1 gradients, q + 1 Hessian-vector products and one cross product of f, one gradient of F, on minibatches;
-    under ``vmap`` the longest q of the batch; the state holds x.
+    under ``vmap`` N in place of q, in reverse mode N + 1 adjoints stored; the state holds x.
 
     Source: Ghadimi and Wang (2018), algorithms 2 and 3; the inner iterate is carried on, and K does not grow.
 
@@ -158,7 +157,7 @@ def ttsa(
         TypeError: a loss that is no function; at trace time, a loss that is not a real scalar, data that is not a pair.
 
     Cost: two gradients, q + 1 Hessian-vector products and one cross product of f, one gradient of F, on minibatches;
-    under ``vmap`` the longest q of the batch; the state holds x.
+    under ``vmap`` N in place of q, in reverse mode N + 1 adjoints stored; the state holds x.
 
     Source: Hong, Wai, Wang and Yang (2023), algorithm 1.
 

@@ -135,17 +135,20 @@ def implicit_directions(
         size = -step if forced else -(num_steps * step)
         starts = tuple(_tree.scale(size, x_gradient) for _, x_gradient, _ in outers)
 
-    def body(_: Any, carry: Any) -> Any:
+    def moved(carry: Any) -> Any:
         adjoints, draws = carry
         rows, draws = batches.inner(draws, data)
-        moved = []
+        after = []
         for (x, theta), v, (_, x_gradient, _) in zip(points, adjoints, outers, strict=True):
             change = hessian_product(inner_loss, x, v, theta, rows)
-            moved.append(_tree.add_scaled(v, -step, _tree.add(change, x_gradient) if forced else change))
-        return tuple(moved), draws
+            after.append(_tree.add_scaled(v, -step, _tree.add(change, x_gradient) if forced else change))
+        return tuple(after), draws
 
-    # The bound may be traced: the loop costs q products, not N, and nobody differentiates it in reverse.
-    adjoints, draws = jax.lax.fori_loop(0, num_steps if forced else truncation, body, (starts, draws))
+    def body(carry: Any, k: Array) -> Any:
+        # A branch, not a traced bound: it costs q products, too, and reverse mode takes it.
+        return moved(carry) if truncation is None else jax.lax.cond(k < truncation, moved, lambda c: c, carry), None
+
+    (adjoints, draws), _ = jax.lax.scan(body, (starts, draws), jnp.arange(num_steps))
     rows, draws = batches.inner(draws, data)
     found = []
     for (x, theta), v, (value, x_gradient, theta_gradient) in zip(points, adjoints, outers, strict=True):

@@ -167,6 +167,47 @@ def conclude(
     return gradient, walk, Info(value, inner_residual, adjoint_residual, status, steps, change, history, x)
 
 
+def finish(
+    who: str,
+    gradient: Any,
+    theta: Any,
+    state: Any,
+    new: Any,
+    *,
+    sound: Array | None = None,
+    settled: tuple[str, ...] = (),
+    **report: Any,
+) -> tuple[Any, Any, Info]:
+    """What a stochastic update returns: ``conclude``, and the new state if it and theta are finite.
+
+    Otherwise the old state is carried on, for one bad minibatch or theta in a recursion, a memory or a warm start would
+    spoil all updates to come; the status tells. Iterates, memories and the theta that they belong to are kept or
+    replaced together, the draws advance. So does the number of updates, but not before the first good one, which sets
+    the memories.
+
+    Args:
+        who: the name of the estimator.
+        gradient: the direction of theta.
+        theta: where the update was asked for.
+        state: the state before, a NamedTuple with ``batches``, ``outer`` and perhaps a ``key``.
+        new: the state after, its ``outer`` still that of before.
+        sound: whether all that is to be kept is finite; None: seen here.
+        settled: fields that ``new`` holds as they are to be, sound or not.
+        report: the other arguments of ``conclude``.
+    """
+    before = state.outer
+    gradient, walk, info = conclude(who, gradient, theta, before, **report)
+    names = [name for name in new._fields if name not in ("batches", "key", "outer", *settled)]
+    moved = {name: getattr(new, name) for name in names}
+    if sound is None:
+        sound = _tree.all_finite(jax.lax.stop_gradient((moved, walk.theta)))
+    kept = _tree.where(sound, moved, {name: getattr(state, name) for name in names})
+    last = _tree.where(sound, walk.theta, before.theta)
+    outer = Outer(last, jnp.where(sound | (before.t > 0), walk.t, before.t))
+    status = jnp.where(sound, info.status, jnp.asarray(int(Status.NON_FINITE), info.status.dtype))
+    return gradient, new._replace(**kept, outer=outer), info._replace(status=status)
+
+
 def relative(size: Array, scale: Array) -> Array:
     """``size / scale``, or the size itself where the scale is zero."""
     return size / jnp.where(scale > 0, scale, jnp.ones_like(scale))

@@ -12,7 +12,7 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient, count, number
 from .._types import Coefficient, Step, Theta, X
-from ._estimator import Hypergradient, Info, Outer, conclude, keep_finite, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -133,11 +133,10 @@ def f2sa(
         x_slope, at_w = jax.grad(inner_loss, argnums=(0, 1))(w, theta, *rows)
         at_y = jax.grad(inner_loss, argnums=1)(y, theta, *rows)
         total = _tree.add_scaled(partial, weight, _tree.subtract(at_y, at_w))
-        gradient, walk, info = conclude(
-            who, total, theta, state.outer,
+        grown = weight + jnp.asarray(increment(theta, t)).astype(weight.dtype)
+        return finish(
+            who, total, theta, state, F2SAState(w, y, grown, draws, state.outer),
             value=value, x=w, inner_residual=_tree.norm(x_slope), num_steps=num_steps,
         )  # fmt: skip
-        grown = weight + jnp.asarray(increment(theta, t)).astype(weight.dtype)
-        return gradient, F2SAState(keep_finite(w, state.x), keep_finite(y, state.penalised), grown, draws, walk), info
 
     return Hypergradient(init, update, who)

@@ -12,7 +12,7 @@ from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, Theta, X
 from ._directions import cross_product, first_fresh, hessian_product, storm
-from ._estimator import Hypergradient, Info, Outer, conclude, losses, relative, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, relative, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -87,7 +87,8 @@ def fsla(
     inner_loss, outer_loss = losses(who, inner, outer)
     step = coefficient(who, "step_size", step_size)
     adjoint_step = step if adjoint_step_size is None else coefficient(who, "adjoint_step_size", adjoint_step_size)
-    fresh = step if momentum is None else coefficient(who, "momentum", momentum, high=1 + 1e-9)
+    weight, name = (step_size, "step_size, here the momentum too,") if momentum is None else (momentum, "momentum")
+    fresh = coefficient(who, name, weight, high=1 + 1e-9)
     batches = minibatches(who, batch_size, key, fixed_batches=fixed_batches)
 
     def init(theta: Theta, x0: X, *data: Any) -> FSLAState:
@@ -115,10 +116,10 @@ def fsla(
         new = _tree.add(cross_product(inner_loss, x, v, theta, rows), partial)
         old = _tree.add(cross_product(inner_loss, *last, rows), old_partial)
         memory = storm(state.memory, new, old, first_fresh(fresh(theta, t), t))
-        gradient, walk, info = conclude(
-            who, memory, theta, state.outer, value=value, x=x, inner_residual=_tree.norm(slope),
+        return finish(
+            who, memory, theta, state, FSLAState(x, v, memory, draws, state.outer),
+            value=value, x=x, inner_residual=_tree.norm(slope),
             adjoint_residual=relative(_tree.norm(adjoint), _tree.norm(x_gradient)),
         )  # fmt: skip
-        return gradient, FSLAState(x, v, memory, draws, walk), info
 
     return Hypergradient(init, update, who)

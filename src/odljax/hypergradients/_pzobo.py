@@ -13,7 +13,7 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
 from ._directions import outer_gradients, own_key
-from ._estimator import Hypergradient, Info, Outer, conclude, keep_finite, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
 T = TypeVar("T")
@@ -133,10 +133,9 @@ def pzobo(
         slopes = jax.vmap(lambda change: _tree.vdot(change, x_gradient))(moved)
         slopes = _tree.scale(1 / (num_directions * mu), slopes)
         response = jax.tree.map(lambda u: jnp.tensordot(slopes.astype(u.dtype), u, axes=1), directions)
-        gradient, walk, info = conclude(
-            who, _tree.add(theta_gradient, response), theta, state.outer,
+        return finish(
+            who, _tree.add(theta_gradient, response), theta, state, PZOBOState(x, next_key, draws, state.outer),
             value=value, x=x, inner_residual=residuals[-1], num_steps=num_steps,
         )  # fmt: skip
-        return gradient, PZOBOState(keep_finite(x, state.x), next_key, draws, walk), info
 
     return Hypergradient(init, update, who)

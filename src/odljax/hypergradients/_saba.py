@@ -13,7 +13,7 @@ from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, Theta, X
 from ._directions import Directions, linearised, outer_gradients
-from ._estimator import Hypergradient, Info, Outer, conclude, losses, pair, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, pair, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -40,20 +40,36 @@ def _remembered(quantities: Callable[[Array], Any], num_batches: int) -> Memory:
     return Memory(table, jax.tree.map(lambda rows: jnp.mean(rows, axis=0), table))
 
 
-def _exchanged(memory: Memory, batch: Array, new: Any) -> tuple[Any, Memory]:
-    """The variance-reduced quantities, new - remembered + mean, and the memory that has seen the new ones."""
-    read = lambda _, old: jax.tree.map(  # noqa: E731
-        lambda rows: jax.lax.dynamic_index_in_dim(rows, batch, keepdims=False), memory.table
+class _Exchange(NamedTuple):
+    """A row of the memory and what replaces it, ``old + change``."""
+
+    old: Any
+    change: Any
+
+
+def _exchanged(memory: Memory, batch: Array, new: Any) -> tuple[Any, _Exchange]:
+    """The variance-reduced quantities, new - remembered + mean, and the exchange that the memory is to see."""
+    # A branch that is always taken, which the compiler does not know, and a row that is written as old + change: read
+    # and write are kept apart, and the tables stay in place. Otherwise XLA fuses the read into the write and copies all
+    # of the tables at each update. A branch has a derivative in reverse mode.
+    read = lambda table: jax.tree.map(  # noqa: E731
+        lambda rows: jax.lax.dynamic_index_in_dim(rows, batch, keepdims=False), table
     )
-    # A loop of one step, and a row that is written as old + change: read and write are kept apart, and the tables stay
-    # in place. Otherwise XLA fuses the read into the write and copies all of the tables at each update.
-    old = jax.lax.fori_loop(0, jnp.where(batch >= 0, 1, 0), read, _tree.zeros_like(new))
+    old = jax.lax.cond(batch >= 0, read, lambda _: _tree.zeros_like(new), memory.table)
     change = _tree.subtract(new, old)
-    estimate = _tree.add(change, memory.mean)
+    return _tree.add(change, memory.mean), _Exchange(old, change)
+
+
+def _written(memory: Memory | None, batch: Any, exchange: _Exchange | None, sound: Array) -> Memory | None:
+    """The memory after a sound exchange; otherwise its old row is put back, which leaves the tables in place, too."""
+    if memory is None or exchange is None:
+        return memory
+    old, change = exchange
     num_batches = len(jax.tree.leaves(memory.table)[0])
+    row = _tree.where(sound, _tree.add(old, change), old)
+    mean = _tree.where(sound, _tree.add_scaled(memory.mean, 1 / num_batches, change), memory.mean)
     put = jax.lax.dynamic_update_index_in_dim
-    table = jax.tree.map(lambda rows, row: put(rows, row, batch, 0), memory.table, _tree.add(old, change))
-    return estimate, Memory(table, _tree.add_scaled(memory.mean, 1 / num_batches, change))
+    return Memory(jax.tree.map(lambda rows, row: put(rows, row, batch, 0), memory.table, row), mean)
 
 
 def saba(
@@ -137,26 +153,30 @@ def saba(
         return SABAState(x, v, inner_memory, outer_memory, draws, walk)
 
     def update(theta: Theta, state: SABAState, *data: Any) -> tuple[Theta, SABAState, Info]:
+        theta = _tree.strong(theta)
         x, v, t = state.x, state.adjoint, state.outer.t
         inner_batch, inner_data, draws = batches.numbered_inner(state.batches, data)
         outer_batch, outer_data, draws = batches.numbered_outer(draws, data)
         products = linearised(inner_loss, x, v, theta, inner_data)
         value, *gradients = outer_gradients(outer_loss, x, theta, outer_data)
-        inner_memory, outer_memory = state.inner_memory, state.outer_memory
-        if inner_memory is not None:
-            products, inner_memory = _exchanged(inner_memory, inner_batch, products)
-        gradients = tuple(gradients)
-        if outer_memory is not None:
-            gradients, outer_memory = _exchanged(outer_memory, outer_batch, gradients)
+        gradients, inner_exchange, outer_exchange = tuple(gradients), None, None
+        if state.inner_memory is not None:
+            products, inner_exchange = _exchanged(state.inner_memory, inner_batch, products)
+        if state.outer_memory is not None:
+            gradients, outer_exchange = _exchanged(state.outer_memory, outer_batch, gradients)
         (slope, curvature, cross), (x_gradient, theta_gradient) = products, gradients
         adjoint, total = _tree.add(curvature, x_gradient), _tree.add(cross, theta_gradient)
         d = Directions(slope, adjoint, total, value, _tree.norm(x_gradient))
         x = _tree.add_scaled(x, -step(theta, t), d.inner)
         v = _tree.add_scaled(v, -adjoint_step(theta, t), d.adjoint)
-        gradient, walk, info = conclude(
-            who, d.outer, theta, state.outer,
+        # Not finish's choice between two states, which would read and write all of the tables.
+        sound = _tree.all_finite(jax.lax.stop_gradient((x, v, inner_exchange, outer_exchange, theta)))
+        inner_memory = _written(state.inner_memory, inner_batch, inner_exchange, sound)
+        outer_memory = _written(state.outer_memory, outer_batch, outer_exchange, sound)
+        return finish(
+            who, d.outer, theta, state, SABAState(x, v, inner_memory, outer_memory, draws, state.outer),
+            sound=sound, settled=("inner_memory", "outer_memory"),
             value=d.value, x=x, inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual,
         )  # fmt: skip
-        return gradient, SABAState(x, v, inner_memory, outer_memory, draws, walk), info
 
     return Hypergradient(init, update, who)

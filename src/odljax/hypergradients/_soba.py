@@ -11,7 +11,7 @@ from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, State, Theta, X
 from ._directions import directions
-from ._estimator import Hypergradient, Info, Outer, conclude, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -93,10 +93,9 @@ def soba(
         d = directions(inner_loss, outer_loss, x, v, theta, inner_data, outer_data)
         x = _tree.add_scaled(x, -step(theta, t), d.inner)
         v = _tree.add_scaled(v, -adjoint_step(theta, t), d.adjoint)
-        gradient, walk, info = conclude(
-            who, d.outer, theta, state.outer,
+        return finish(
+            who, d.outer, theta, state, SOBAState(x, v, draws, state.outer),
             value=d.value, x=x, inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual,
         )  # fmt: skip
-        return gradient, SOBAState(x, v, draws, walk), info
 
     return Hypergradient(init, update, who)

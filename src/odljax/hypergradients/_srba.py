@@ -13,7 +13,7 @@ from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
 from ..sampling import num_samples
 from ._directions import Directions, directions, sarah
-from ._estimator import Hypergradient, Info, Outer, conclude, losses, pair, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, pair, start_inner, start_outer
 from ._minibatches import Arguments, Minibatches, minibatches
 
 
@@ -145,10 +145,9 @@ def srba(
         d, draws = refreshed_or(period, t, whole, recursion, state.batches)
         new_x = _tree.add_scaled(x, -step(theta, t), d.inner)
         new_v = _tree.add_scaled(v, -adjoint_step(theta, t), d.adjoint)
-        gradient, walk, info = conclude(
-            who, d.outer, theta, state.outer,
+        return finish(
+            who, d.outer, theta, state, SRBAState(new_x, new_v, x, v, tuple(d[:3]), draws, state.outer),
             value=d.value, x=new_x, inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual,
         )  # fmt: skip
-        return gradient, SRBAState(new_x, new_v, x, v, tuple(d[:3]), draws, walk), info
 
     return Hypergradient(init, update, who)

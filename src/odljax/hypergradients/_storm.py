@@ -11,7 +11,7 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Step, Theta, X
 from ._directions import Point, first_fresh, implicit_directions, own_key, storm, truncation_length
-from ._estimator import Hypergradient, Info, Outer, conclude, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -58,11 +58,11 @@ def _double_momentum(
         weight = first_fresh(fresh(theta, t), t)
         memory = storm(state.memory, (new.inner, new.outer), (old.inner, old.outer), weight)
         new_x = _tree.add_scaled(x, -step(theta, t), memory[0])
-        gradient, walk, info = conclude(
-            who, memory[1], theta, state.outer, value=new.value, x=new_x,
+        return finish(
+            who, memory[1], theta, state, STORMState(new_x, x, memory, next_key, draws, state.outer),
+            value=new.value, x=new_x,
             inner_residual=_tree.norm(memory[0]), adjoint_residual=new.residual,
         )  # fmt: skip
-        return gradient, STORMState(new_x, x, memory, next_key, draws, walk), info
 
     return Hypergradient(init, update, who)
 
@@ -113,7 +113,8 @@ def sustain(
         TypeError: a loss that is no function; at trace time, a loss that is not a real scalar, data that is not a pair.
 
     Cost: two gradients, 2 (q + 1) Hessian-vector and two cross products of f, two gradients of F, on minibatches;
-    under ``vmap`` the longest q of the batch; the state holds three copies of x and one of theta.
+    under ``vmap`` N in place of q, in reverse mode 2 (N + 1) adjoints stored; the state holds three copies of x and one
+    of theta.
     ``info.inner_residual`` is the norm of the direction that x takes.
 
     Source: Khanduri, Zeng, Hong, Wai, Wang and Yang (2021), algorithm 1; one momentum for both directions, and the

@@ -12,7 +12,7 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
 from ._directions import Directions, Point, implicit_directions, sarah
-from ._estimator import Hypergradient, Info, Outer, conclude, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 from ._srba import refresh_period, refreshed_or
 
@@ -64,8 +64,9 @@ def vrbo(
     evaluations takes all rows instead. The gradient is the last d of the update.
 
     When: finite data, a smooth inner loss that is strongly convex in x. With constant steps the noise vanishes as it
-    converges, linearly where the full-batch method does; what stays is the bias of the cut series, at most
-    :math:`(1 - b \mu)^{Q+1}` of the adjoint. The data must be the same at each update.
+    converges, linearly where the full-batch method does: not to the minimiser, but to where the gradient with the cut
+    series vanishes, whose adjoint misses at most :math:`(1 - b \mu)^{Q+1}` of the true one. The data must be
+    the same at each update.
 
     Args:
         inner: f, ``(x, theta, inner_data) -> scalar``, the mean over the rows it gets; without data ``(x, theta)``.
@@ -152,10 +153,10 @@ def vrbo(
         p = refreshed_or(refresh_period(who, refresh_every, batches, data), t, whole, continued, state.batches)
         p, _ = jax.lax.scan(body, p, length=num_steps - 1)
         slope, direction = p.memory
-        gradient, walk, info = conclude(
-            who, direction, theta, state.outer, value=p.value, x=p.x,
+        return finish(
+            who, direction, theta, state, VRBOState(p.x, p.last_x, p.memory, p.draws, state.outer),
+            value=p.value, x=p.x,
             inner_residual=_tree.norm(slope), adjoint_residual=p.residual, num_steps=num_steps,
         )  # fmt: skip
-        return gradient, VRBOState(p.x, p.last_x, p.memory, p.draws, walk), info
 
     return Hypergradient(init, update, who)
