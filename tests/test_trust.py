@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from estimators import OF_SOLVERS
 from jaxtyping import config
 
 import odljax as odl
@@ -23,56 +24,68 @@ def as_a_user_has_it():
 
 
 SIZE = 8
-ROWS, CHECK_ROWS = np.random.default_rng(0).standard_normal((2, 3 * SIZE, SIZE))
-LABELS, CHECK_LABELS = np.sign(np.random.default_rng(1).standard_normal((2, 3 * SIZE)))
 
 
-def quadratic(scales, x, theta):
-    residual = ROWS @ (scales * x) - LABELS
+def quadratic(data, scales, x, theta):
+    rows, labels = data
+    residual = rows @ (scales * x) - labels
     return 0.5 * jnp.mean(residual**2) + 0.5 * jnp.exp(theta) * jnp.min(scales) ** 2 * jnp.sum(x**2)
 
 
-def logistic(scales, x, theta):
-    margin = LABELS * (ROWS @ (scales * x))
+def logistic(data, scales, x, theta):
+    rows, labels = data
+    margin = labels * (rows @ (scales * x))
     return jnp.mean(jax.nn.softplus(-margin)) + 0.5 * jnp.exp(theta) * jnp.min(scales) ** 2 * jnp.sum(x**2)
 
 
-def outer(x, theta):
-    return jnp.mean(jax.nn.softplus(-CHECK_LABELS * (CHECK_ROWS @ x))) + 0.1 * jnp.cos(theta)
+def outer(data, x, theta):
+    rows, labels = data
+    return jnp.mean(jax.nn.softplus(-labels * (rows @ x))) + 0.1 * jnp.cos(theta)
 
 
-def truth(objective, theta):
+def drawn(seed):
+    """Rows and labels, for training and for validation."""
+    rng = np.random.default_rng(seed)
+    rows, labels = rng.standard_normal((2, 3 * SIZE, SIZE)), np.sign(rng.standard_normal((2, 3 * SIZE)))
+    return [(jnp.asarray(rows[i]), jnp.asarray(labels[i])) for i in range(2)]
+
+
+def truth(objective, outer, theta):
     """Newton's method to rounding, then a dense adjoint solve."""
-    x = jnp.zeros(SIZE)
-    for _ in range(60):
+
+    def newton(x, _):
         step = jnp.linalg.solve(jax.hessian(objective)(x, theta), jax.grad(objective)(x, theta))
-        x = x - step / (1 + jnp.linalg.norm(step))
+        return x - step / (1 + jnp.linalg.norm(step)), None
+
+    x, _ = jax.lax.scan(newton, jnp.zeros(SIZE), length=1000)
     v = jnp.linalg.solve(jax.hessian(objective)(x, theta), jax.grad(outer)(x, theta))
     return jax.grad(outer, argnums=1)(x, theta) - jax.jacfwd(jax.grad(objective), argnums=1)(x, theta) @ v
 
 
 @pytest.mark.parametrize("loss", [quadratic, logistic])
 def test_error_estimate_bounds_the_error_and_is_near_it(loss):
-    """Conditions to 1e5, inner and adjoint tolerances from loose to tight, or a spent budget."""
+    """Random problems, conditions to 1e5, inner and adjoint tolerances from loose to tight, or a spent budget."""
     theta = jnp.asarray(0.3)
 
     @jax.jit
-    def report(scales, tol, adjoint_tol):
-        objective = functools.partial(loss, scales)
-        iteration = odl.nesterov(odl.gradient_descent(objective, 0.3))
-        solver = odl.until_converged(iteration, tol=tol * jnp.min(scales), max_steps=3000)
+    def report(training, validation, scales, tol, adjoint_tol):
+        iteration = odl.nesterov(odl.gradient_descent(functools.partial(loss, training, scales), 0.2))
+        solver = odl.until_converged(iteration, tol=tol * jnp.min(scales), max_steps=1000)
         solver = odl.implicit(solver, odl.linear.cg(tol=adjoint_tol))
-        hyper = through(solver, outer, error_estimate=True)
+        hyper = through(solver, functools.partial(outer, validation), error_estimate=True)
         gradient, _, info = hyper.update(theta, hyper.init(theta, jnp.zeros(SIZE)))
         return gradient, info.error
 
-    exact = jax.jit(lambda scales: truth(functools.partial(loss, scales), theta))
+    @jax.jit
+    def exact(training, validation, scales):
+        return truth(functools.partial(loss, training, scales), functools.partial(outer, validation), theta)
+
     ratios = []
-    for condition in (1e1, 1e3, 1e5):
+    for seed, condition in itertools.product(range(5), (1e1, 1e3, 1e5)):
         scales = jnp.geomspace(condition**-0.5, 1.0, SIZE)
-        reference = exact(scales)
-        for tol, adjoint_tol in itertools.product((1e-1, 1e-2, 1e-4, 1e-6), (1e-1, 1e-3, 1e-6, 1e-9)):
-            gradient, error = report(scales, tol, adjoint_tol)
+        reference = exact(*drawn(seed), scales)
+        for tol, adjoint_tol in ((1e-1, 1e-1), (1e-1, 1e-6), (1e-2, 1e-3), (1e-4, 1e-1), (1e-5, 1e-9)):
+            gradient, error = report(*drawn(seed), scales, tol, adjoint_tol)
             ratios.append(float(error) / float(jnp.abs(gradient - reference)))
     assert min(ratios) >= 1.0, ratios
     assert np.exp(np.mean(np.log(ratios))) <= 10.0, ratios
@@ -222,3 +235,31 @@ def test_compare():
         run(reference="gone")
     with pytest.raises(ValueError, match="needs at least one estimator"):
         odl.diagnostics.compare({}, 0.0, 0.0)
+
+
+def test_every_estimator_of_a_solver_takes_data_and_stands_beside_the_others():
+    """One interface: init and update with data, compiled, scanned, and in one table with an estimator of two losses."""
+    problem = odl.problems.finite_sum()
+    inner = lambda x, theta: problem.inner(x, theta, problem.inner_data)
+    descent = odl.gradient_descent(inner, problem.step_size)
+    steps, solver = odl.for_steps(descent, 60), odl.until_converged(descent, tol=1e-12, max_steps=200)
+    h, rows = odl.hypergradients, (problem.outer_data,)
+    estimators = {
+        "through": through(odl.implicit(solver), problem.outer),
+        "warm_started": warm_started(odl.implicit(solver), problem.outer),
+        "hoag": hoag(descent, problem.outer, tol=1e-12),
+        "hodl": h.hodl(descent, problem.outer, num_steps=60, weight=0.0, relaxation=1.0),
+        "pessimistic": h.pessimistic(steps, problem.outer),
+    }
+    assert set(estimators) == OF_SOLVERS
+    soba = h.soba(problem.inner, problem.outer, step_size=problem.step_size)
+    pairs = {**{name: (hyper, rows) for name, hyper in estimators.items()}, "soba": soba}
+    data = (problem.inner_data, problem.outer_data)
+    exact = problem.hypergradient(problem.theta)
+    table = odl.diagnostics.compare(pairs, problem.theta, problem.x0, *data, reference=exact, num_updates=120, rounds=1)
+    for name, error in zip(table.names, table.errors, strict=True):
+        assert error < 1e-8 or name == "pessimistic", (name, error)
+    for hyper in estimators.values():
+        shapes = jax.eval_shape(lambda hyper=hyper: hyper.init(problem.theta, problem.x0, *rows))
+        after = jax.eval_shape(lambda s, hyper=hyper: hyper.update(problem.theta, s, *rows)[1], shapes)
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), after)

@@ -209,21 +209,21 @@ def hypergradient_error(
 ) -> ErrorEstimate:
     r"""Returns an estimate of the error of a hypergradient, from any estimator, at an inexact inner solution.
 
-    One Newton step towards the fixed point and the adjoint solution there,
+    Two Newton steps towards the fixed point, the second with the Jacobian of the first, and the adjoint solution there,
 
-    .. math:: \hat x = x - (I - \partial_x T)^{-1} (x - T(x, \theta)), \quad
+    .. math:: \hat x = x - d_1 - d_2, \quad d_i = (I - \partial_x T)^{-1} (x_i - T(x_i, \theta)), \quad
         \hat v = (I - \partial_x T(\hat x))^{-\top} \nabla_x \ell(\hat x, \theta), \quad
         \hat g = \nabla_\theta \ell + \partial_\theta T^\top \hat v
 
-    and :math:`\mathrm{error} = 2 \|\hat g - g\| / (1 - \rho)`, with :math:`\rho` the share of the residual that the
-    step left. Both systems are solved to three digits only. Asymptotically the estimate is twice the error, whatever
-    the condition; a product of a contraction probe and the residuals bounds the error too, but overestimates by the
-    condition number wherever a residual does not lie in its worst direction.
+    and :math:`\mathrm{error} = 2 \|\hat g - g\| / (1 - \|d_2\| / \|d_1\|)`. The systems are solved to three digits
+    only. Asymptotically the estimate is twice the error, whatever the condition; a product of a contraction probe and
+    the residuals bounds the error too, but overestimates by the condition number wherever a residual does not lie in
+    its worst direction.
 
     When: to see how far to trust a hypergradient from a solve that was cut short: implicit, one-step, truncated,
     unrolled, or of any other make. Assumes an isolated fixed point with T differentiable there (for a proximal map: the
-    active set found). It is an estimate, not a proof: far from the solution, where Newton's step does not shrink the
-    residual, the error is infinite.
+    active set found). It is an estimate, not a proof: far from the solution, where Newton's steps do not shrink, the
+    error is infinite.
 
     Args:
         inner: what has an operator: a solver, an iteration, an operator, or a function ``(x, theta) -> x``.
@@ -238,10 +238,11 @@ def hypergradient_error(
     Raises:
         TypeError: no operator; a loss that is not a real scalar; a gradient that is not like theta.
 
-    Cost: two loose linear solves, three applications of T, one gradient of the outer loss.
+    Cost: three loose linear solves, three applications of T, one gradient of the outer loss.
 
     Source: the adjoint-corrected estimates of Pierce and Giles (2000), with the correction evaluated rather than
-    linearised; sensitivity of inexact hypergradients: Pedregosa (2016), theorem 1; Ehrhardt and Roberts (2024).
+    linearised; the test of the steps: Deuflhard (2011), section 2.1; sensitivity of inexact hypergradients: Pedregosa
+    (2016), theorem 1; Ehrhardt and Roberts (2024).
 
     Example:
         >>> import odljax as odl
@@ -311,7 +312,7 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    estimators: Mapping[str, Hypergradient],
+    estimators: Mapping[str, Hypergradient | tuple[Hypergradient, tuple[Any, ...]]],
     theta: Any,
     x0: Any,
     *data: Any,
@@ -324,7 +325,8 @@ def compare(
     When: to choose an estimator for a problem, on the problem. Runs outside compiled code.
 
     Args:
-        estimators: by the names that the table shows; at least one.
+        estimators: by the names that the table shows; at least one. A pair ``(estimator, data)`` gives it data of its
+            own: estimators of solvers hand all data to the outer loss, those of two losses take a pair of data.
         theta: the point.
         x0: the inner start of all of them.
         data: what ``init`` and ``update`` take beyond these.
@@ -359,10 +361,11 @@ def compare(
     num_updates, rounds = count(who, "num_updates", num_updates), count(who, "rounds", rounds)
     if not estimators:
         raise ValueError(f"{who}: needs at least one estimator; none came.")
-    for name, hyper in estimators.items():
+    pairs = [entry if isinstance(entry, tuple) else (entry, data) for entry in estimators.values()]
+    for name, (hyper, _) in zip(estimators, pairs, strict=True):
         is_a(who, f"estimators[{name!r}]", hyper, Hypergradient, "Make one with odl.hypergradients.")
     theta = as_inner(who, "theta", theta)
-    reports = [_measure(hyper, theta, x0, data, num_updates, rounds) for hyper in estimators.values()]
+    reports = [_measure(hyper, theta, x0, own, num_updates, rounds) for hyper, own in pairs]
     gradients = [report[0] for report in reports]
     names = list(estimators)
     if reference is None or isinstance(reference, str):

@@ -39,8 +39,8 @@ def implicit(
         linear_solver: from ``odl.linear``. Default: conjugate gradients where the operator is declared symmetric, else
             GMRES.
         on_failure: what a failed adjoint solve does under plain ``jax.grad``, which has no channel for its status:
-            "warn" (a RuntimeWarning at run time, with status and residual) or "ignore". It never stops the run. A
-            ``Hypergradient`` reports it in ``info`` instead.
+            "warn" (a RuntimeWarning at run time, with status and residual) or "ignore", which ``jax.export`` needs: it
+            takes no host callbacks. It never stops the run. A ``Hypergradient`` reports it in ``info`` instead.
 
     Returns:
         A solver with the same solutions; all fields but x carry no derivative.

@@ -26,7 +26,7 @@ class ErrorEstimate(NamedTuple):
             failed.
         corrected: the hypergradient after the correction, more exact than the one that came.
         inner_error: an estimate of ``||x - x(theta)||``.
-        status: the worse code of the two linear solves of the correction.
+        status: the worst code of the linear solves of the correction.
     """
 
     error: Array
@@ -54,9 +54,13 @@ def estimate_error(
 
     away, push = jax.linearize(lambda x: miss(x, theta), x)
     step, inner = linear_solver(push, away)
-    better = _tree.subtract(x, step)
+    once = _tree.subtract(x, step)
+    # A simplified Newton step: by how much the steps shrink tells what is left, in the norm of x and whatever the
+    # condition, which the shrinking of the residual would not.
+    rest, again = linear_solver(push, miss(once, theta))
+    better = _tree.subtract(once, rest)
 
-    left, pull = jax.vjp(miss, better, theta)
+    _, pull = jax.vjp(miss, better, theta)
     x_gradient, theta_gradient = jax.grad(loss, argnums=(0, 1))(better, theta)
 
     def transposed(v: X) -> X:
@@ -67,14 +71,13 @@ def estimate_error(
     correction, outer = linear_solver(transposed, _tree.subtract(x_gradient, transposed(guess)))
     corrected = _tree.subtract(theta_gradient, pull(_tree.add(guess, correction))[1])
 
-    # What the correction left undone, because it is linear and its solve loose, goes into the margin.
-    rest, size = _tree.norm(left), _tree.norm(away)
-    undone = jnp.where(size > 0, rest / jnp.where(size > 0, size, jnp.ones_like(size)), jnp.zeros_like(size))
-    rounding = 10 * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(gradient)) * _tree.norm(gradient)
-    change = _tree.norm(_tree.subtract(corrected, gradient)) + rounding
-    tiny = rest <= 100 * jnp.finfo(rest.dtype).eps * (1 + _tree.norm(x))  # nothing but rounding is left to correct
-    error = _SAFETY * change / jnp.where(tiny, 1.0, jnp.maximum(1.0 - undone, 0.0))
-    status = jnp.maximum(inner.status, outer.status)
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves((x, gradient)))
+    first, second = _tree.norm(step), _tree.norm(rest)
+    # Steps of the size of rounding cannot shrink.
+    shrinking = jnp.where(second <= 100 * eps * (1 + _tree.norm(x)), 0.0, second / jnp.where(first > 0, first, 1.0))
+    change = _tree.norm(_tree.subtract(corrected, gradient)) + 10 * eps * _tree.norm(gradient)
+    error = _SAFETY * change / jnp.maximum(1.0 - shrinking, 0.0)
+    status = jnp.maximum(jnp.maximum(inner.status, again.status), outer.status)
     failed = (status >= Status.STEP_BUDGET_SPENT) | ~jnp.isfinite(error)
     error = jnp.where(failed, jnp.full_like(error, jnp.inf), error)
     return ErrorEstimate(error, corrected, _tree.norm(step), status)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from .. import _tree
 from .._checks import coefficient, count, is_a, is_callable
 from .._types import Coefficient, Scalar, State, Step, Theta, X
 from ..derivatives import implicit
@@ -15,15 +19,11 @@ from ._estimator import Hypergradient, Info
 from ._through import OuterLoss, WarmState, _start, advance, check_trust, keep_warm, warm
 
 
-def _quadratic(k: Step) -> Any:
-    return 0.1 / (k.astype(float) + 1.0) ** 2
-
-
 def hoag(
     iteration: Iteration[X, Theta],
     outer: OuterLoss,
     *,
-    tol: Coefficient = _quadratic,
+    tol: Coefficient | None = None,
     max_steps: int = 1000,
     linear_solver: Callable[[Scalar], LinearSolver] | None = None,
     on_adjoint_failure: str = "keep",
@@ -42,7 +42,8 @@ def hoag(
         iteration: the inner walk; it needs an operator.
         outer: :math:`\ell`, ``(x, theta, *data) -> scalar``.
         tol: :math:`\varepsilon_t > 0`, decreasing and summable, a number, a schedule of the update number, or a
-            function of theta; default :math:`0.1 / (t + 1)^2`. Let it end above the rounding of the dtype.
+            function of theta; let it end above the rounding of the dtype. None: :math:`0.1 / (t + 1)^2`, but not below
+            1000 rounding units.
         max_steps: budget of each inner solve, at least 1.
         linear_solver: ``tolerance -> LinearSolver``, for instance ``lambda tol: odl.linear.bicgstab(tol=tol)``.
             Default: conjugate gradients where the operator is declared symmetric, else GMRES.
@@ -72,7 +73,7 @@ def hoag(
     who = "hoag"
     is_a(who, "iteration", iteration, Iteration, "Wrap a map T(x, theta) in odl.fixed_point(T).")
     is_callable(who, "outer", outer)
-    tolerance = coefficient(who, "tol", tol)
+    tolerance = None if tol is None else coefficient(who, "tol", tol)
     max_steps = count(who, "max_steps", max_steps)
     if linear_solver is None:
         symmetric = iteration.operator is not None and iteration.operator.symmetric
@@ -88,7 +89,14 @@ def hoag(
         return warm(_start(who)(theta, x0), solver_at(1.0))
 
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
-        solver = solver_at(tolerance(theta, state.outer.t))
+        t = state.outer.t
+        solver = solver_at(_quadratic(state.x, t) if tolerance is None else tolerance(theta, t))
         return keep_warm(state, *advance(who, solver, outer, theta, state, data, trust))
 
     return Hypergradient(init, update, f"hoag({iteration.name})")
+
+
+def _quadratic(x: Any, t: Step) -> Any:
+    """``0.1 / (t + 1)^2``, held above what rounding lets a residual reach."""
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
+    return jnp.maximum(0.1 / (t.astype(float) + 1.0) ** 2, 1000 * eps * jnp.maximum(1.0, _tree.norm(x)))

@@ -146,7 +146,7 @@ def hodl(
 
     compose(())  # bad coefficients are told at construction
 
-    def init(theta: Theta, x0: X) -> HODLState:
+    def init(theta: Theta, x0: X, *data: Any) -> HODLState:
         differentiable(who, theta)
         return HODLState(first_start(who, start, x0), start_outer(theta))
 

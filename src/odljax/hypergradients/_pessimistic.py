@@ -111,7 +111,7 @@ def pessimistic(
     record = solver.record
     recorded = None if record is None else (lambda walk, theta, k: record(walk.x, theta, k))
 
-    def init(theta: Theta, x0: X) -> PessimisticState:
+    def init(theta: Theta, x0: X, *data: Any) -> PessimisticState:
         differentiable(who, theta)
         return PessimisticState(first_start(who, start, x0), start_outer(theta))
 

@@ -62,7 +62,7 @@ def through(
             any case: "keep" it, "zero" (so that a training loop stands still), or "one_step", the gradient that
             ``one_step`` would give.
         error_estimate: fill ``info.error``, as ``diagnostics.hypergradient_error`` estimates it; off by default
-            because it costs two loose linear solves.
+            because it costs three loose linear solves.
 
     Raises:
         TypeError: ``solver`` or ``start`` is none; at trace time, an outer loss that is not a real scalar, a theta that
