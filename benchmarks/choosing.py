@@ -209,8 +209,7 @@ def memory(smoke: bool) -> list[dict[str, Any]]:
         "implicit": odl.implicit(solver),
     }
     made = {name: h.through(one, F) for name, one in estimators.items()}
-    if hasattr(h, "reversible"):
-        made["reversible"] = h.reversible(f, F, step_size=0.2, num_steps=K)
+    made["reversible"] = h.reversible(f, F, step_size=0.2, num_steps=K)
     theta, x0 = jnp.zeros(n), jnp.zeros(n)
     table = odl.diagnostics.compare(made, theta, x0, rounds=2 if smoke else 5)
     columns = zip(table.names, table.errors, table.seconds, table.num_bytes, table.statuses, strict=True)
