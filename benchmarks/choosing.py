@@ -234,8 +234,8 @@ def first_order(smoke: bool) -> list[dict[str, Any]]:
 
     estimators: dict[str, tuple[Hypergradient, Any]] = {
         "soba (second order)": (h.soba(f, F, step_size=a), 0.05),
-        "pbgd, penalty 10": (h.pbgd(f, F, inner_step_size=a, **constant(10.0)), 0.02),
-        "pbgd, penalty 100": (h.pbgd(f, F, inner_step_size=a, **constant(100.0)), 0.002),
+        "pbgd, penalty 10": (h.pbgd(f, F, inner_step_size=a, warm_start=True, **constant(10.0)), 0.02),
+        "pbgd, penalty 100": (h.pbgd(f, F, inner_step_size=a, warm_start=True, **constant(100.0)), 0.002),
         "f2sa, penalty 100": (
             h.f2sa(f, F, step_size=a, penalised_step_size=a / 100, penalty=100.0, penalty_increment=0.0),
             0.02,

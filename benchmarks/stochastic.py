@@ -258,7 +258,8 @@ def algorithms() -> list[Algorithm]:
 
 
 SMOKE_STEPS = (0.1, 1.0)
-# Inner step and its ratio to the outer step, for both sides: the best of a grid of 35, found on ours.
+# Inner step and its ratio to the outer step, for both sides: the best of a grid of 35, found on ours; smaller where one
+# side diverged with it on another seed.
 STEPS: dict[str, dict[str, tuple[float, float]]] = {
     "quadratics": {
         "soba": (0.4, 0.3),
@@ -271,22 +272,22 @@ STEPS: dict[str, dict[str, tuple[float, float]]] = {
         "ttsa": (0.4, 0.3),
         "sustain": (0.4, 1.0),
         "mrbo": (0.4, 0.1),
-        "vrbo": (0.4, 1.0),
+        "vrbo": (0.2, 1.0),
         "f2sa": (0.4, 3.0),
         "pzobo": (0.4, 1.0),
     },
     "logistic regression": {
-        "soba": (2.0, 0.03),
+        "soba": (1.0, 0.03),
         "saba": (0.3, 0.03),
-        "srba": (2.0, 0.03),
-        "fsla": (2.0, 0.03),
+        "srba": (1.0, 0.03),
+        "fsla": (1.0, 0.03),  # its step is its momentum, too, and at most 1
         "amigo": (0.1, 0.003),
-        "stocbio": (0.3, 0.003),
-        "bsa": (1.0, 0.003),
-        "ttsa": (1.0, 0.003),
-        "sustain": (1.0, 0.003),
+        "stocbio": (0.1, 0.003),
+        "bsa": (0.3, 0.003),
+        "ttsa": (0.3, 0.003),
+        "sustain": (0.3, 0.003),
         "mrbo": (2.0, 0.03),
-        "vrbo": (1.0, 0.01),
+        "vrbo": (0.3, 0.01),
         "f2sa": (0.3, 0.001),
         "pzobo": (0.3, 0.001),
     },
@@ -495,7 +496,7 @@ def run(smoke: bool) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     for number, problem in enumerate(problems):
-        for algorithm in algorithms()[number :: 7 if smoke else 1]:
+        for algorithm in algorithms()[number::7] if smoke else algorithms():
             _harness.progress(f"{problem.name}: {algorithm.name}")
             some, missing = compare(algorithm, problem, make_plan(algorithm, problem, total, checkpoints, smoke), seeds)
             rows += some

@@ -315,3 +315,17 @@ def test_stochastic(tmp_path):
     assert "passes" in output
     for name in ("stochastic_quadratics", "stochastic_logistic"):
         assert (out / f"{name}.png").stat().st_size > 10_000
+
+
+def test_choosing(tmp_path):
+    """The errors are those of the methods; times are not looked at."""
+    report, output, out = smoke_run("choosing", tmp_path)
+    sections = {name: {row["method"]: row for row in rows} for name, rows in report["sections"].items()}
+    assert sections["smooth"]["implicit, cg"]["error"] < 1e-9
+    assert sections["smooth"]["one_step"]["error"] > 0.1
+    assert sections["kinks"]["implicit, gmres"]["error"] < 1e-9
+    assert sections["memory"]["reversible"]["kib"] < sections["memory"]["unrolled"]["kib"]
+    assert sections["many_updates"]["hoag"]["steps"] < 0.1 * sections["many_updates"]["through"]["steps"]
+    assert all(1.0 <= row["ratio"] <= 10.0 for row in sections["trust"].values())
+    assert "unique: The inner problem" in output
+    assert (out / "choosing.png").stat().st_size > 10_000
