@@ -108,7 +108,7 @@ def unique(smoke: bool) -> list[dict[str, Any]]:
         f"hodl, K = {K}": (h.hodl(descent, F, num_steps=K), 0.3, updates),
         "bvfsm": (h.bvfsm(f, F, step_size=0.5), 0.02, 10 * updates),
         "pbgd, value gap": (
-            h.pbgd(f, F, step_size=lambda k: 0.5 / (1 + 0.5 * (k + 1.0) ** 0.5), penalty=lambda k: (k + 1.0) ** 0.5),
+            h.pbgd(f, F, step_size=0.5, penalty=lambda k: (k + 1.0) ** 0.5),
             lambda t: 0.5 / (1 + 0.5 * (t + 1.0) ** 0.5),
             20 * updates,
         ),
@@ -230,12 +230,12 @@ def first_order(smoke: bool) -> list[dict[str, Any]]:
     updates = 20 if smoke else 20_000
 
     def constant(penalty: float) -> dict[str, float]:
-        return {"step_size": a / penalty, "penalty": penalty}
+        return {"step_size": a, "inner_step_size": a, "warm_start": True, "penalty": penalty}
 
     estimators: dict[str, tuple[Hypergradient, Any]] = {
         "soba (second order)": (h.soba(f, F, step_size=a), 0.05),
-        "pbgd, penalty 10": (h.pbgd(f, F, inner_step_size=a, warm_start=True, **constant(10.0)), 0.02),
-        "pbgd, penalty 100": (h.pbgd(f, F, inner_step_size=a, warm_start=True, **constant(100.0)), 0.002),
+        "pbgd, penalty 10": (h.pbgd(f, F, **constant(10.0)), 0.02),
+        "pbgd, penalty 100": (h.pbgd(f, F, **constant(100.0)), 0.002),
         "f2sa, penalty 100": (
             h.f2sa(f, F, step_size=a, penalised_step_size=a / 100, penalty=100.0, penalty_increment=0.0),
             0.02,
@@ -358,9 +358,10 @@ def table(report: dict[str, Any]) -> None:
 def figures(report: dict[str, Any]) -> dict[str, Any]:
     """Error against time of one hypergradient, where Jacobians are symmetric and where they are not; memory."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels = {"smooth": "ridge, 300 unknowns", "kinks": "lasso, 300 unknowns", "memory": "1000 steps, 20 000 unknowns"}
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, 5.8), layout="constrained")
     axes = figure.subplots(1, len(panels))
     colours = [
         "#0072B2",
@@ -381,6 +382,9 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
             y = row["kib"] if name == "memory" else max(row["error"], 1e-16)
             marker = "osD^vP*Xh<"[i % 10]
             ax.loglog(x, y, marker, color=colours[i % len(colours)], ms=9, label=row["method"], ls="")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel("time of one hypergradient, ms")
         ax.set_ylabel("memory, KiB" if name == "memory" else "relative error")
         ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
@@ -388,7 +392,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
         ax.set_axisbelow(True)
         ax.margins(0.15)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=7)
+        ax.legend(frameon=False, fontsize=8, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.suptitle(
         f"What one hypergradient costs and what it is worth\n{_harness.caption(report)}", x=0.01, ha="left", fontsize=9
     )
