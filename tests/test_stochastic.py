@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 import odljax as odl
-from odljax.hypergradients._directions import own_key, truncation_length
+from odljax.hypergradients._directions import own_key, refresh_period, truncation_length
 from odljax.hypergradients._minibatches import minibatches
 from odljax.hypergradients._pzobo import gaussians
-from odljax.hypergradients._srba import refresh_period
 
 h = odl.hypergradients
 

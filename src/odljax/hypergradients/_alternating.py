@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from .._checks import coefficient, count
 from .._types import Coefficient, State, Theta, X
 from ._descent import constraint, gradient_walk, stationarity
-from ._estimator import Hypergradient, Info, Outer, conclude, keep_finite, losses, pair, start_inner, start_outer
-
-
-class AlternatingState(NamedTuple):
-    """The inner iterate and the outer walk."""
-
-    x: Any
-    outer: Outer
+from ._estimator import (
+    Hypergradient,
+    Info,
+    WalkState,
+    conclude,
+    keep_finite,
+    losses,
+    pair,
+    start_inner,
+    start_outer,
+)
 
 
 def alternating(
@@ -70,11 +73,11 @@ def alternating(
     num_steps = count(who, "num_steps", num_steps)
     project = constraint(who, projection)
 
-    def init(theta: Theta, x0: X, *data: Any) -> AlternatingState:
+    def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         pair(who, data)
-        return AlternatingState(start_inner(who, theta, x0), start_outer(theta))
+        return WalkState(start_inner(who, theta, x0), start_outer(theta))
 
-    def update(theta: Theta, state: AlternatingState, *data: Any) -> tuple[Theta, State, Info]:
+    def update(theta: Theta, state: WalkState, *data: Any) -> tuple[Theta, State, Info]:
         inner_data, outer_data = pair(who, data)
         a = step(theta, state.outer.t)
         x = gradient_walk(inner_loss, state.x, theta, inner_data, num_steps, lambda theta, k: a, project)
@@ -84,6 +87,6 @@ def alternating(
             who, gradient, theta, state.outer,
             value=value, x=x, inner_residual=stationarity(x, slope, theta, a, project), num_steps=num_steps,
         )  # fmt: skip
-        return gradient, AlternatingState(keep_finite(x, state.x), walk), info
+        return gradient, WalkState(keep_finite(x, state.x), walk), info
 
     return Hypergradient(init, update, who)

@@ -10,7 +10,7 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
-from ._directions import Point, descend, implicit_directions
+from ._directions import Point, implicit_directions, inner_walk
 from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
@@ -25,8 +25,8 @@ class AmIGOState(NamedTuple):
 
 
 def _double_loop(
-    who: str, inner: Any, outer: Any, step_size: Any, adjoint_step_size: Any, num_steps: Any, num_adjoint_steps: Any,
-    batch_size: Any, fixed_batches: Any, key: Any, warm_adjoint: bool,
+    who: str, inner: Any, outer: Any, step_size: Any, adjoint_step_size: Any, *,
+    num_steps: Any, num_adjoint_steps: Any, batch_size: Any, fixed_batches: Any, key: Any, warm_adjoint: bool,
 ) -> Hypergradient[Any, Any]:  # fmt: skip
     inner_loss, outer_loss = losses(who, inner, outer)
     step = coefficient(who, "step_size", step_size)
@@ -41,7 +41,7 @@ def _double_loop(
 
     def update(theta: Any, state: AmIGOState, *data: Any) -> tuple[Any, AmIGOState, Info]:
         t = state.outer.t
-        x, draws = descend(inner_loss, batches, state.x, theta, state.batches, data, step(theta, t), num_steps)
+        x, draws = inner_walk(inner_loss, batches, state.x, theta, state.batches, data, step(theta, t), num_steps)
         (d,), (v,), draws = implicit_directions(
             inner_loss, outer_loss, batches, (Point(x, theta),), draws, data,
             step=adjoint_step(theta, t), num_steps=num_adjoint_steps, warm=state.adjoint,
@@ -114,18 +114,10 @@ def amigo(
         1.0
     """
     return _double_loop(
-        "amigo",
-        inner,
-        outer,
-        step_size,
-        adjoint_step_size,
-        num_steps,
-        num_adjoint_steps,
-        batch_size,
-        fixed_batches,
-        key,
-        True,
-    )
+        "amigo", inner, outer, step_size, adjoint_step_size,
+        num_steps=num_steps, num_adjoint_steps=num_adjoint_steps, batch_size=batch_size,
+        fixed_batches=fixed_batches, key=key, warm_adjoint=True,
+    )  # fmt: skip
 
 
 def stocbio(
@@ -188,15 +180,7 @@ def stocbio(
         1.0
     """
     return _double_loop(
-        "stocbio",
-        inner,
-        outer,
-        step_size,
-        adjoint_step_size,
-        num_steps,
-        num_adjoint_steps,
-        batch_size,
-        fixed_batches,
-        key,
-        False,
-    )
+        "stocbio", inner, outer, step_size, adjoint_step_size,
+        num_steps=num_steps, num_adjoint_steps=num_adjoint_steps, batch_size=batch_size,
+        fixed_batches=fixed_batches, key=key, warm_adjoint=False,
+    )  # fmt: skip

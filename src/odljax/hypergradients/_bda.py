@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -13,15 +13,8 @@ from .._types import Coefficient, State, Step, Theta, X
 from ..derivatives import unrolled
 from ..iterations import aggregate, gradient_descent
 from ..solvers import for_steps
-from ._estimator import Hypergradient, Info, Outer, conclude, keep_finite, losses, pair, start_outer
+from ._estimator import Hypergradient, Info, WalkState, conclude, keep_finite, losses, pair, start_outer
 from ._start import first_start, started
-
-
-class BDAState(NamedTuple):
-    """The inner start (None where theta says it) and the outer walk."""
-
-    x: Any
-    outer: Outer
 
 
 def _decaying(k: Step) -> Any:
@@ -99,12 +92,12 @@ def bda(
                 "bda: warm_start begins at the last solution, start at what theta says; both came. Drop one of them."
             )
 
-    def init(theta: Theta, x0: X, *data: Any) -> BDAState:
+    def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         pair(who, data)
         differentiable(who, theta)
-        return BDAState(first_start(who, start, x0), start_outer(theta))
+        return WalkState(first_start(who, start, x0), start_outer(theta))
 
-    def update(theta: Theta, state: BDAState, *data: Any) -> tuple[Theta, State, Info]:
+    def update(theta: Theta, state: WalkState, *data: Any) -> tuple[Theta, State, Info]:
         inner_data, outer_data = pair(who, data)
         below = lambda x, theta: inner_loss(x, theta, *inner_data)  # noqa: E731
         above = lambda x, theta: outer_loss(x, theta, *outer_data)  # noqa: E731
@@ -126,6 +119,6 @@ def bda(
             value=value, x=x, inner_residual=_tree.norm(jax.grad(below)(x, theta)), num_steps=num_steps,
         )  # fmt: skip
         kept = keep_finite(x, state.x) if warm_start else state.x
-        return gradient, BDAState(kept, outer_walk), info
+        return gradient, WalkState(kept, outer_walk), info
 
     return Hypergradient(init, update, who)

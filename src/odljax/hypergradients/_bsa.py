@@ -10,7 +10,7 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
-from ._directions import Point, descend, implicit_directions, own_key, truncation_length
+from ._directions import Point, implicit_directions, inner_walk, own_key, truncation_length
 from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
@@ -41,7 +41,7 @@ def _randomly_truncated(
     def update(theta: Any, state: BSAState, *data: Any) -> tuple[Any, BSAState, Info]:
         t = state.outer.t
         length, next_key = truncation_length(state.key, num_terms)
-        x, draws = descend(inner_loss, batches, state.x, theta, state.batches, data, step(theta, t), num_steps)
+        x, draws = inner_walk(inner_loss, batches, state.x, theta, state.batches, data, step(theta, t), num_steps)
         (d,), _, draws = implicit_directions(
             inner_loss, outer_loss, batches, (Point(x, theta),), draws, data,
             step=adjoint_step(theta, t), num_steps=num_terms, truncation=length,

@@ -30,12 +30,6 @@ def step_along(x: Any, step: Scalar, direction: Any, theta: Any, project: Projec
     return x if project is None else project(x, theta)
 
 
-def both(loss: Callable[..., Array], x: Any, theta: Any, data: tuple[Any, ...]) -> tuple[Array, Any, Any]:
-    """The loss, its gradient in x and its gradient in theta."""
-    value, (x_gradient, theta_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(x, theta, *data)
-    return value, x_gradient, theta_gradient
-
-
 def gradient_walk(
     loss: Callable[..., Array],
     x: Any,

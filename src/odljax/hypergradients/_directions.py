@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
-from ._estimator import relative
+from ..sampling import num_samples
+from ._estimator import both, pair, relative
 from ._minibatches import Arguments, Minibatches
 
 T = TypeVar("T")
@@ -71,18 +72,12 @@ def cross_product(inner_loss: Loss, x: Any, v: Any, theta: Any, data: Arguments)
     return jax.grad(along)(theta)
 
 
-def outer_gradients(outer_loss: Loss, x: Any, theta: Any, data: Arguments) -> tuple[Array, Any, Any]:
-    """F, grad_x F and grad_theta F."""
-    value, (x_gradient, theta_gradient) = jax.value_and_grad(outer_loss, argnums=(0, 1))(x, theta, *data)
-    return value, x_gradient, theta_gradient
-
-
 def directions(
     inner_loss: Loss, outer_loss: Loss, x: Any, v: Any, theta: Any, inner_data: Arguments, outer_data: Arguments
 ) -> Directions:
     """All of them from one linearisation of grad_x f and one gradient of F."""
     slope, curvature, cross = linearised(inner_loss, x, v, theta, inner_data)
-    value, x_gradient, theta_gradient = outer_gradients(outer_loss, x, theta, outer_data)
+    value, x_gradient, theta_gradient = both(outer_loss, x, theta, outer_data)
     adjoint = _tree.add(curvature, x_gradient)
     return Directions(slope, adjoint, _tree.add(cross, theta_gradient), value, _tree.norm(x_gradient))
 
@@ -90,7 +85,7 @@ def directions(
 # ---- walks ----------------------------------------------------------------------------------------------------------
 
 
-def descend(
+def inner_walk(
     inner_loss: Loss, batches: Minibatches, x: Any, theta: Any, draws: Any, data: Arguments, step: Any, num_steps: int
 ) -> tuple[Any, Any]:
     """SGD on f, a fresh minibatch a step: ``(x, draws)``."""
@@ -127,7 +122,7 @@ def implicit_directions(
         the directions, the adjoints and the draws.
     """
     outer_data, draws = batches.outer(draws, data)
-    outers = [outer_gradients(outer_loss, *point, outer_data) for point in points]
+    outers = [both(outer_loss, *point, outer_data) for point in points]
     forced = truncation is None
     if warm is not None:
         starts = (warm,)
@@ -185,3 +180,23 @@ def storm(memory: T, new: T, old: T, fresh: Any) -> T:
 def first_fresh(fresh: Any, t: Array) -> Array:
     """The weight of the fresh gradient: 1 at the first update, so that the memory starts from that gradient."""
     return jnp.where(t == 0, 1.0, fresh)
+
+
+def refresh_period(who: str, refresh_every: int | None, batches: Minibatches, data: Arguments) -> int:
+    """The updates from one full refresh to the next: by default as many as see all the rows once, at least 1."""
+    if refresh_every is not None:
+        return refresh_every
+    sampled = [
+        (num_samples(who, "the data", side), sampler.batch_size)
+        for side, sampler in zip(pair(who, data), batches.samplers(data), strict=True)
+        if sampler is not None
+    ]
+    rows, drawn = sum(n for n, _ in sampled), sum(b for _, b in sampled)
+    return max(1, rows // max(1, drawn))
+
+
+def refreshed_or(
+    period: int, t: Array, whole: Callable[[Any], Any], recursion: Callable[[Any], Any], draws: Any
+) -> Any:
+    """``whole(draws)`` at every ``period``-th update, the first among them, else ``recursion(draws)``."""
+    return whole(draws) if period == 1 else jax.lax.cond(t % period == 0, whole, recursion, draws)

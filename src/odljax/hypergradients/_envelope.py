@@ -12,8 +12,8 @@ from jax import Array
 from .. import _tree
 from .._checks import as_inner, coefficient, is_callable, number, same_as, scalar
 from .._types import Coefficient, Scalar, State, Step, Theta, X
-from ._descent import both, constraint, like, stationarity, step_along
-from ._estimator import Hypergradient, Info, Outer, conclude, keep_finite, losses, pair, start_inner, start_outer
+from ._descent import constraint, like, stationarity, step_along
+from ._estimator import Hypergradient, Info, Outer, both, conclude, keep_finite, losses, pair, start_inner, start_outer
 
 
 class MEHAState(NamedTuple):

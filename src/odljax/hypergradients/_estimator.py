@@ -87,6 +87,13 @@ class Outer(NamedTuple):
     t: Array
 
 
+class WalkState(NamedTuple):
+    """All that many estimators remember: the inner start (None where theta says it) and the outer walk."""
+
+    x: Any
+    outer: Outer
+
+
 def start_outer(theta: Any) -> Outer:
     return Outer(_tree.strong(theta), jnp.zeros((), int))
 
@@ -206,6 +213,12 @@ def finish(
     outer = Outer(last, jnp.where(sound | (before.t > 0), walk.t, before.t))
     status = jnp.where(sound, info.status, jnp.asarray(int(Status.NON_FINITE), info.status.dtype))
     return gradient, new._replace(**kept, outer=outer), info._replace(status=status)
+
+
+def both(loss: Callable[..., Array], x: Any, theta: Any, data: tuple[Any, ...]) -> tuple[Array, Any, Any]:
+    """The loss, its gradient in x and its gradient in theta."""
+    value, (x_gradient, theta_gradient) = jax.value_and_grad(loss, argnums=(0, 1))(x, theta, *data)
+    return value, x_gradient, theta_gradient
 
 
 def relative(size: Array, scale: Array) -> Array:

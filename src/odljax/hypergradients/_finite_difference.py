@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from ._descent import gradient_walk
 from ._estimator import (
     Hypergradient,
     Info,
-    Outer,
+    WalkState,
     conclude,
     keep_finite,
     losses,
@@ -24,13 +24,6 @@ from ._estimator import (
     start_inner,
     start_outer,
 )
-
-
-class DescentState(NamedTuple):
-    """The warm inner start and the outer walk."""
-
-    x: Any
-    outer: Outer
 
 
 def finite_difference(
@@ -90,11 +83,11 @@ def finite_difference(
     num_steps = count(who, "num_steps", num_steps)
     radius_at = coefficient(who, "radius", radius)
 
-    def init(theta: Theta, x0: X, *data: Any) -> DescentState:
+    def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         pair(who, data)
-        return DescentState(start_inner(who, theta, x0), start_outer(theta))
+        return WalkState(start_inner(who, theta, x0), start_outer(theta))
 
-    def update(theta: Theta, state: DescentState, *data: Any) -> tuple[Theta, State, Info]:
+    def update(theta: Theta, state: WalkState, *data: Any) -> tuple[Theta, State, Info]:
         inner_data, outer_data = pair(who, data)
         y = gradient_walk(inner_loss, state.x, theta, inner_data, num_steps - 1, step, None)
         s = step(theta, jnp.asarray(num_steps - 1))
@@ -114,7 +107,7 @@ def finite_difference(
             who, _tree.add_scaled(direct, -weight, difference), theta, state.outer,
             value=value, x=x, inner_residual=_tree.norm(slope), num_steps=num_steps,
         )  # fmt: skip
-        return gradient, DescentState(keep_finite(x, state.x), walk), info
+        return gradient, WalkState(keep_finite(x, state.x), walk), info
 
     return Hypergradient(init, update, who)
 
@@ -167,11 +160,11 @@ def rank_one(
     step = coefficient(who, "step_size", step_size)
     num_steps = count(who, "num_steps", num_steps)
 
-    def init(theta: Theta, x0: X, *data: Any) -> DescentState:
+    def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         pair(who, data)
-        return DescentState(start_inner(who, theta, x0), start_outer(theta))
+        return WalkState(start_inner(who, theta, x0), start_outer(theta))
 
-    def update(theta: Theta, state: DescentState, *data: Any) -> tuple[Theta, State, Info]:
+    def update(theta: Theta, state: WalkState, *data: Any) -> tuple[Theta, State, Info]:
         inner_data, outer_data = pair(who, data)
         x = gradient_walk(inner_loss, state.x, theta, inner_data, num_steps, step, None)
         slope, inner_cross = jax.grad(inner_loss, argnums=(0, 1))(x, theta, *inner_data)
@@ -182,6 +175,6 @@ def rank_one(
             who, _tree.add_scaled(direct, -ratio, inner_cross), theta, state.outer,
             value=value, x=x, inner_residual=_tree.norm(slope), num_steps=num_steps,
         )  # fmt: skip
-        return gradient, DescentState(keep_finite(x, state.x), walk), info
+        return gradient, WalkState(keep_finite(x, state.x), walk), info
 
     return Hypergradient(init, update, who)

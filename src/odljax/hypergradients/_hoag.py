@@ -16,7 +16,7 @@ from ..iterations import Iteration
 from ..linear import LinearSolver, cg, gmres
 from ..solvers import Solver, until_converged
 from ._estimator import Hypergradient, Info
-from ._through import OuterLoss, WarmState, _start, advance, check_trust, keep_warm, warm
+from ._through import OuterLoss, WarmState, advance, check_trust, cold_start, keep_warm, warm
 
 
 def hoag(
@@ -86,7 +86,7 @@ def hoag(
     trust = check_trust(who, solver_at(1.0), on_adjoint_failure, error_estimate)
 
     def init(theta: Theta, x0: X, *data: Any) -> WarmState:
-        return warm(_start(who)(theta, x0), solver_at(1.0))
+        return warm(cold_start(who)(theta, x0), solver_at(1.0))
 
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
         t = state.outer.t

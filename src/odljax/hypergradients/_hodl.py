@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,8 @@ from ..operators import Operator
 from ..operators._operator import inverse_metric
 from ..solvers import History, for_steps
 from ..solvers._solver import residual_at
-from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, start_outer
+from ._estimator import Hypergradient, Info, WalkState, advance_outer, keep_finite, start_outer
 from ._start import first_start, started
-
-
-class HODLState(NamedTuple):
-    """The inner start and the outer walk."""
-
-    x: Any
-    outer: Outer
 
 
 def _harmonic(k: Step) -> Any:
@@ -146,11 +139,11 @@ def hodl(
 
     compose(())  # bad coefficients are told at construction
 
-    def init(theta: Theta, x0: X, *data: Any) -> HODLState:
+    def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         differentiable(who, theta)
-        return HODLState(first_start(who, start, x0), start_outer(theta))
+        return WalkState(first_start(who, start, x0), start_outer(theta))
 
-    def update(theta: Theta, state: HODLState, *data: Any) -> tuple[Theta, State, Info]:
+    def update(theta: Theta, state: WalkState, *data: Any) -> tuple[Theta, State, Info]:
         differentiable(who, theta)
         solver, loss = compose(data)
 
@@ -164,7 +157,7 @@ def hodl(
         final = residual_at(base, solution.x, theta)
         info = Info(value, final, None, solution.status, solution.num_steps, change, history, solution.x)
         x = keep_finite(solution.x, state.x) if warm_start else state.x
-        return gradient, HODLState(x, walk), info
+        return gradient, WalkState(x, walk), info
 
     return Hypergradient(init, update, f"hodl({base.name})")
 

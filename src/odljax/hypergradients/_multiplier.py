@@ -12,11 +12,12 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient, number
 from .._types import Coefficient, Scalar, State, Step, Theta, X
-from ._descent import both, constraint, stationarity, step_along
+from ._descent import constraint, stationarity, step_along
 from ._estimator import (
     Hypergradient,
     Info,
     Outer,
+    both,
     conclude,
     keep_finite,
     losses,

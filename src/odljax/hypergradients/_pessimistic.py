@@ -16,15 +16,8 @@ from ..operators import Operator
 from ..operators._operator import displacement
 from ..solvers import Solver, for_steps
 from ..solvers._solver import checked_step, residual_at, start_state
-from ._estimator import Hypergradient, Info, Outer, advance_outer, start_outer
+from ._estimator import Hypergradient, Info, WalkState, advance_outer, start_outer
 from ._start import check_start, first_start, started
-
-
-class PessimisticState(NamedTuple):
-    """The inner start and the outer walk."""
-
-    x: Any
-    outer: Outer
 
 
 class Trajectory(NamedTuple):
@@ -111,11 +104,11 @@ def pessimistic(
     record = solver.record
     recorded = None if record is None else (lambda walk, theta, k: record(walk.x, theta, k))
 
-    def init(theta: Theta, x0: X, *data: Any) -> PessimisticState:
+    def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         differentiable(who, theta)
-        return PessimisticState(first_start(who, start, x0), start_outer(theta))
+        return WalkState(first_start(who, start, x0), start_outer(theta))
 
-    def update(theta: Theta, state: PessimisticState, *data: Any) -> tuple[Theta, State, Info]:
+    def update(theta: Theta, state: WalkState, *data: Any) -> tuple[Theta, State, Info]:
         differentiable(who, theta)
 
         def loss(x: Any, theta: Any) -> Any:
@@ -136,7 +129,7 @@ def pessimistic(
         outer_walk, change = advance_outer(state.outer, theta)
         residual = residual_at(solver.iteration, x, theta)
         info = Info(value, residual, None, status, solution.state.k, change, solution.history, x)
-        return gradient, PessimisticState(state.x, outer_walk), info
+        return gradient, WalkState(state.x, outer_walk), info
 
     return Hypergradient(init, update, f"{who}({solver.name})")
 

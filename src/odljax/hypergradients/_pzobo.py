@@ -12,8 +12,8 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
-from ._directions import outer_gradients, own_key
-from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
+from ._directions import own_key
+from ._estimator import Hypergradient, Info, Outer, both, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ def pzobo(
         (xs, draws), residuals = jax.lax.scan(body, (starts, state.batches), length=num_steps)
         x = jax.tree.map(lambda leaf: leaf[0], xs)
         outer_rows, draws = batches.outer(draws, data)
-        value, x_gradient, theta_gradient = outer_gradients(outer_loss, x, theta, outer_rows)
+        value, x_gradient, theta_gradient = both(outer_loss, x, theta, outer_rows)
         moved = jax.tree.map(lambda leaf: leaf[1:] - leaf[:1], xs)
         slopes = jax.vmap(lambda change: _tree.vdot(change, x_gradient))(moved)
         slopes = _tree.scale(1 / (num_directions * mu), slopes)

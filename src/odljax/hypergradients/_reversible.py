@@ -15,18 +15,11 @@ from jax.core import Tracer
 from .. import _tree
 from .._checks import as_inner, coefficient, count, differentiable, is_callable, number
 from .._types import Coefficient, Scalar, State, Status, Theta, X
-from ._estimator import Hypergradient, Info, Outer, conclude, losses, pair, start_outer
+from ._estimator import Hypergradient, Info, WalkState, conclude, losses, pair, start_outer
 from ._start import first_start, started
 
 _WORD = 16  # bits of one word of the buffer: a word times a denominator fits into 32 bits
 _LARGEST = 1 << 15
-
-
-class ReversibleState(NamedTuple):
-    """The inner start and the outer walk."""
-
-    x: Any
-    outer: Outer
 
 
 class Walk(NamedTuple):
@@ -126,11 +119,11 @@ def reversible(
     if start is not None:
         is_callable(who, "start", start, "theta")
 
-    def init(theta: Theta, x0: X, *data: Any) -> ReversibleState:
+    def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         differentiable(who, theta)
-        return ReversibleState(first_start(who, start, x0), start_outer(theta))
+        return WalkState(first_start(who, start, x0), start_outer(theta))
 
-    def update(theta: Theta, state: ReversibleState, *data: Any) -> tuple[Theta, State, Info]:
+    def update(theta: Theta, state: WalkState, *data: Any) -> tuple[Theta, State, Info]:
         differentiable(who, theta)
         theta = _tree.strong(theta)
         inner_data, outer_data = pair(who, data)
@@ -156,7 +149,7 @@ def reversible(
         )  # fmt: skip
         diverged = sweep.finite & ~sweep.inside
         status = jnp.where(diverged, jnp.full_like(info.status, Status.DIVERGED), info.status)
-        return gradient, ReversibleState(state.x, walk), info._replace(status=status)
+        return gradient, WalkState(state.x, walk), info._replace(status=status)
 
     return Hypergradient(init, update, who)
 

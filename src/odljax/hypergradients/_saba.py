@@ -12,8 +12,8 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, Theta, X
-from ._directions import Directions, linearised, outer_gradients
-from ._estimator import Hypergradient, Info, Outer, finish, losses, pair, start_inner, start_outer
+from ._directions import Directions, linearised
+from ._estimator import Hypergradient, Info, Outer, both, finish, losses, pair, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -147,7 +147,7 @@ def saba(
             )
         if outer_sampler is not None:
             outer_memory = _remembered(
-                lambda i: outer_gradients(outer_loss, x, start, (outer_sampler.take(outer_data[0], i),))[1:],
+                lambda i: both(outer_loss, x, start, (outer_sampler.take(outer_data[0], i),))[1:],
                 outer_sampler.num_batches,
             )
         return SABAState(x, v, inner_memory, outer_memory, draws, walk)
@@ -158,7 +158,7 @@ def saba(
         inner_batch, inner_data, draws = batches.numbered_inner(state.batches, data)
         outer_batch, outer_data, draws = batches.numbered_outer(draws, data)
         products = linearised(inner_loss, x, v, theta, inner_data)
-        value, *gradients = outer_gradients(outer_loss, x, theta, outer_data)
+        value, *gradients = both(outer_loss, x, theta, outer_data)
         gradients, inner_exchange, outer_exchange = tuple(gradients), None, None
         if state.inner_memory is not None:
             products, inner_exchange = _exchanged(state.inner_memory, inner_batch, products)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from jax import Array
 
 from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
-from ..sampling import num_samples
-from ._directions import Directions, directions, sarah
-from ._estimator import Hypergradient, Info, Outer, finish, losses, pair, start_inner, start_outer
-from ._minibatches import Arguments, Minibatches, minibatches
+from ._directions import Directions, directions, refresh_period, refreshed_or, sarah
+from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
+from ._minibatches import minibatches
 
 
 class SRBAState(NamedTuple):
@@ -27,26 +25,6 @@ class SRBAState(NamedTuple):
     memory: Any
     batches: Any
     outer: Outer
-
-
-def refresh_period(who: str, refresh_every: int | None, batches: Minibatches, data: Arguments) -> int:
-    """The updates from one full refresh to the next: by default as many as see all the rows once, at least 1."""
-    if refresh_every is not None:
-        return refresh_every
-    sampled = [
-        (num_samples(who, "the data", side), sampler.batch_size)
-        for side, sampler in zip(pair(who, data), batches.samplers(data), strict=True)
-        if sampler is not None
-    ]
-    rows, drawn = sum(n for n, _ in sampled), sum(b for _, b in sampled)
-    return max(1, rows // max(1, drawn))
-
-
-def refreshed_or(
-    period: int, t: Array, whole: Callable[[Any], Any], recursion: Callable[[Any], Any], draws: Any
-) -> Any:
-    """``whole(draws)`` at every ``period``-th update, the first among them, else ``recursion(draws)``."""
-    return whole(draws) if period == 1 else jax.lax.cond(t % period == 0, whole, recursion, draws)
 
 
 def srba(

@@ -94,7 +94,7 @@ def through(
         gradient, _, info, walk = advance("through", solver, outer, theta, state, data, trust, start)
         return gradient, WarmState(state.x, None, walk), info
 
-    return Hypergradient(_start("through", start), update, f"through({solver.name})")
+    return Hypergradient(cold_start("through", start), update, f"through({solver.name})")
 
 
 def warm_started(
@@ -137,7 +137,7 @@ def warm_started(
     trust = check_trust("warm_started", solver, on_adjoint_failure, error_estimate)
 
     def init(theta: Theta, x0: X, *data: Any) -> WarmState:
-        return warm(_start("warm_started")(theta, x0), solver)
+        return warm(cold_start("warm_started")(theta, x0), solver)
 
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
         return keep_warm(state, *advance("warm_started", solver, outer, theta, state, data, trust))
@@ -177,7 +177,7 @@ def check_trust(who: str, solver: Solver, on_adjoint_failure: str, error_estimat
     return Trust(on_adjoint_failure, error_estimate)
 
 
-def _start(who: str, start: Any = None) -> Callable[[Any, Any], WarmState]:
+def cold_start(who: str, start: Any = None) -> Callable[[Any, Any], WarmState]:
     def init(theta: Any, x0: Any, *data: Any) -> WarmState:
         differentiable(who, theta)
         return WarmState(first_start(who, start, x0), None, start_outer(theta))

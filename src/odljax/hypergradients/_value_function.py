@@ -12,8 +12,8 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, State, Step, Theta, X
-from ._descent import both, constraint, gradient_walk, like, stationarity, step_along
-from ._estimator import Hypergradient, Info, Outer, conclude, keep_finite, losses, pair, start_inner, start_outer
+from ._descent import constraint, gradient_walk, like, stationarity, step_along
+from ._estimator import Hypergradient, Info, Outer, both, conclude, keep_finite, losses, pair, start_inner, start_outer
 
 
 class BVFSMState(NamedTuple):

@@ -11,10 +11,9 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
-from ._directions import Directions, Point, implicit_directions, sarah
+from ._directions import Directions, Point, implicit_directions, refresh_period, refreshed_or, sarah
 from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
 from ._minibatches import minibatches
-from ._srba import refresh_period, refreshed_or
 
 
 class VRBOState(NamedTuple):
