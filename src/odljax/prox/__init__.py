@@ -11,10 +11,10 @@ sides that stay right when the threshold or the set shrinks to nothing. A NaN in
 To add an operator: write its rule in a private file, name it here, and give it a row in the tests' registry.
 """
 
-from odljax.prox._balls import l2_ball
-from odljax.prox._groups import group_lasso
-from odljax.prox._separable import box, elastic_net, identity, l1, non_negative, ridge
-from odljax.prox._simplex import simplex
+from ._balls import l2_ball
+from ._groups import group_lasso
+from ._separable import box, elastic_net, identity, l1, non_negative, ridge
+from ._simplex import simplex
 
 __all__ = [
     "box",

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from odljax._types import Float, PyTree
-from odljax.prox._leafwise import fit, flatten, norm, widest
+from .._types import Float, PyTree
+from ._leafwise import fit, flatten, norm, widest
 
 
 def l2_ball(v: PyTree[ArrayLike], parameter: ArrayLike = 1.0, step_size: object = 1.0) -> PyTree[Float[Array, "..."]]:

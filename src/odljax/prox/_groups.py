@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from odljax._types import Float, PyTree
-from odljax.prox._leafwise import leafwise, norm
+from .._types import Float, PyTree
+from ._leafwise import leafwise, norm
 
 
 def group_lasso(

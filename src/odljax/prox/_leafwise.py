@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from odljax._types import PyTree
+from .._types import PyTree
 
 ARRAYS = get_args(ArrayLike)  # as a tuple: a tracer is an instance of a member, not of the union
 STATIC = int | float | np.generic | np.ndarray  # values that are known without asking a device

@@ -5,8 +5,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from odljax._types import Float, PyTree
-from odljax.prox._leafwise import STATIC, leafwise, pair, spread
+from .._types import Float, PyTree
+from ._leafwise import STATIC, leafwise, pair, spread
 
 
 def identity(v: PyTree[ArrayLike], parameter: object = None, step_size: object = 1.0) -> PyTree[Float[Array, "..."]]:

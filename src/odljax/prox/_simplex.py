@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from odljax._types import Float, PyTree
-from odljax.prox._leafwise import flatten, leafwise
+from .._types import Float, PyTree
+from ._leafwise import flatten, leafwise
 
 
 def simplex(
