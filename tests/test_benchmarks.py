@@ -329,3 +329,43 @@ def test_choosing(tmp_path):
     assert all(1.0 <= row["ratio"] <= 10.0 for row in sections["trust"].values())
     assert "unique: The inner problem" in output
     assert (out / "choosing.png").stat().st_size > 10_000
+
+
+def test_sparse_adjoints(tmp_path):
+    """Every row has the derivative of the closed form; the whole solves also take their steps to it."""
+    report, output, out = smoke_run("sparse_adjoints", tmp_path)
+    kinds = {(row["derivative"], row["library"]) for row in report["rows"]}
+    assert {("adjoint", "jax"), ("adjoint", "odljax"), ("solve and adjoint", "odljax")} <= kinds
+    methods = {row["method"].split(",")[0] for row in report["rows"] if row["library"] == "odljax"}
+    assert methods == {"on_support", "implicit"}
+    for row in report["rows"]:
+        if row["library"] in ("jax", "odljax"):
+            assert row["error"] < (1e-6 if row["derivative"] == "adjoint" else 1e-4), (row["problem"], row["method"])
+    for missing in report["skipped"]:
+        assert missing["library"] in ("jaxopt", "sparho")
+    assert "on_support, restrict" in output
+    assert (out / "sparse_adjoints.png").stat().st_size > 10_000
+
+
+# ---- iterations ------------------------------------------------------------------------------------------------------
+
+
+def test_iterations(tmp_path):
+    """A fifth of the methods; loops by hand and ours compute the same."""
+    report, output, out = smoke_run("iterations", tmp_path)
+    assert len(report["problems"]) == 4
+    for problem in report["problems"]:
+        assert problem["curves"]
+        for curve in problem["curves"]:
+            residuals, applications = np.asarray(curve["residual"], float), np.asarray(curve["applications"])
+            assert np.nanmin(residuals) < residuals[0], (problem["problem"], curve["method"])
+            assert applications[0] == 0
+            assert (np.diff(applications) >= 1).all()
+            assert curve["ms_a_step"] > 0
+    ours = [row for row in report["rows"] if row["library"] == "odljax"]
+    assert len(ours) >= 3
+    for row in ours:
+        assert row["difference"] < 1e-12, row["method"]
+        assert row["compile_ratio"] > 0
+    assert "Against a loop by hand" in output
+    assert (out / "iterations.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The probes: the stretch of an operator against singular values, and the Taylor slope of right and wrong gradients."""
+"""The probes: stretch against singular values, Taylor slopes of right and wrong gradients, kinks of the lasso path."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from scipy.linalg import sqrtm
 
 import odljax as odl
 from odljax import operators, problems, prox
-from odljax.diagnostics import expansion, taylor_test
+from odljax.diagnostics import expansion, kinks, taylor_test
 from odljax.operators import ADMMVariables, Operator
 
 RNG = np.random.default_rng(0)
@@ -189,3 +189,65 @@ def test_a_linear_function():
     assert test.relative_error < 1e-10
     test = taylor_test(lambda theta: jnp.sum(slope * theta), jnp.ones(4), 1.001 * slope)
     assert test.slope == pytest.approx(1.0, abs=1e-3)
+
+
+# ---- kinks -----------------------------------------------------------------------------------------------------------
+
+ROWS = RNG.standard_normal((20, 8)) / np.sqrt(20)
+SEEN = ROWS @ np.array([1.0, 0, -2.0, 0, 0, 0.5, 0, 0]) + 0.1 * RNG.standard_normal(20)
+SHRINK = 0.9 / np.linalg.norm(ROWS, 2) ** 2
+LASSO = odl.proximal_gradient(lambda x, lam: 0.5 * jnp.sum((ROWS @ x - SEEN) ** 2), prox.l1, SHRINK)
+PROBE = jax.jit(lambda x, lam: kinks(LASSO, x, lam))
+
+
+def test_kinks_of_the_lasso_path_are_its_knots():
+    """At a knot one entry enters or leaves: it alone is weakly active; between knots none is."""
+    from sklearn.linear_model import lars_path
+
+    alphas, _, path = lars_path(ROWS, SEEN, method="lasso")
+    path, knots = jnp.asarray(path), alphas * len(SEEN)
+    assert len(knots) > 4
+    for k in range(len(knots) - 1):
+        x, lam = path[:, k], knots[k]
+        slope = np.abs(ROWS.T @ (ROWS @ x - SEEN))
+        weak = (np.asarray(x) == 0) & (np.abs(slope - lam) < 1e-9)
+        report = PROBE(x, lam)
+        assert weak.sum() == 1
+        np.testing.assert_array_equal(report.mask, weak)
+        np.testing.assert_allclose(report.fraction, 1 / 8)
+        np.testing.assert_allclose(np.asarray(report.gap)[weak], 1.0, atol=1e-6)
+        between = PROBE((path[:, k] + path[:, k + 1]) / 2, (knots[k] + knots[k + 1]) / 2)  # the path is straight
+        assert not np.asarray(between.mask).any()
+        assert np.asarray(between.gap).max() < 1e-6
+
+
+def test_the_radius_is_the_distance_that_counts():
+    near = jax.jit(jax.vmap(lambda v, radius: kinks(lambda x, theta: prox.l1(x, 1.0), v, None, radius=radius).mask))
+    points, radii = jnp.asarray([1.01, 1.01, 0.99, 0.99, 1.0]), jnp.asarray([1e-4, 1.0, 1e-4, 1.0, 1e-9])
+    assert near(points, radii).tolist() == [False, True, False, True, True]
+    # The default is relative to the largest entry: 1e-2 is near a kink at zero beside 1e6, and not beside 1.
+    default = jax.jit(lambda x: kinks(lambda x, theta: prox.l1(x, 0.0) + jnp.abs(x), x, None).mask)
+    assert default(jnp.asarray([1e-2, 1e6])).tolist() == [True, False]
+    assert default(jnp.asarray([1e-2, 1.0])).tolist() == [False, False]
+
+
+def test_smooth_maps_have_no_kinks_and_trees_keep_their_shape():
+    smooth = jax.jit(lambda x: kinks(lambda x, theta: jnp.tanh(J @ x) + x**3, x, None))(jnp.ones(5))
+    assert not np.asarray(smooth.mask).any()
+    assert 0 < np.asarray(smooth.gap).max() < 1e-4
+    T = lambda x, theta: {"rows": prox.group_lasso(x["rows"], 5.0), "low": jnp.maximum(x["low"], theta)}
+    x = {"rows": jnp.asarray([[3.0, 4.0], [1.0, 1.0]]), "low": jnp.asarray(0.5, jnp.float32)}
+    report = jax.jit(lambda x, theta: kinks(T, x, theta))(x, jnp.float32(0.5))
+    assert report.mask["rows"].tolist() == [[True, True], [False, False]]
+    assert bool(report.mask["low"])
+    np.testing.assert_allclose(report.fraction, 3 / 5)
+    assert report.gap["low"].dtype == jnp.float32
+
+
+def test_kinks_says_what_it_needs():
+    with pytest.raises(TypeError, match=r"kinks: inner needs an operator, and layered\(.*\) has none"):
+        kinks(odl.layered(lambda x, theta: x), jnp.ones(2), None)
+    with pytest.raises(ValueError, match=r"kinks: radius must lie in \(0, inf\); -1.0 came"):
+        kinks(lambda x, theta: x, jnp.ones(2), None, radius=-1.0)
+    bad = kinks(lambda x, theta: x * jnp.nan, jnp.ones(2), None)
+    assert np.asarray(bad.mask).all()

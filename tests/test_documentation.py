@@ -89,7 +89,7 @@ def layer_of(module):
     order = [
         {"_types"},
         {"_tree"},
-        {"_checks"},
+        {"_checks", "_support"},
         {"linear", "sampling"},
         {"operators"},
         {"iterations"},

@@ -572,3 +572,166 @@ def test_sharded_data_and_parameters_give_the_same_answer_without_gathering():
         assert row["split"] == (split == "parameters"), row["case"]
         assert row["gathers"] == 0, row["case"]
         assert row["reduces"] > 0, row["case"]
+
+
+# ---- preconditioners -------------------------------------------------------------------------------------------------
+
+WIDE = np.random.default_rng(8).standard_normal((60, 40)) * 10.0 ** -np.linspace(0, 4, 40)  # eigenvalues over 8 decades
+RIDGE = WIDE.T @ WIDE + 1e-4 * np.eye(40)
+RIGHT = np.random.default_rng(9).standard_normal(40)
+DIAGONAL = jnp.asarray(np.diag(RIDGE))
+# The Jacobi preconditioner undoes the bad scaling of the columns; the other one is right on paper and not symmetric.
+SLANTED = np.linalg.inv(np.triu(RIDGE))
+PRECONDITIONED = {
+    "cg": (linear.cg, lambda v: v / DIAGONAL),
+    "gmres": (linear.gmres, lambda v: v / DIAGONAL),
+    "gmres, not symmetric": (linear.gmres, lambda v: jnp.asarray(SLANTED) @ v),
+    "bicgstab": (linear.bicgstab, lambda v: v / DIAGONAL),
+}
+
+
+@functools.cache
+def on_the_ridge(name, preconditioned):
+    make, preconditioner = PRECONDITIONED[name]
+    solver = make(tol=1e-10, max_steps=4000, **({"preconditioner": preconditioner} if preconditioned else {}))
+    return jax.jit(lambda b: solver(lambda v: jnp.asarray(RIDGE) @ v, b))
+
+
+@pytest.mark.parametrize("name", list(PRECONDITIONED))
+def test_a_preconditioner_saves_steps_on_an_ill_conditioned_ridge(name):
+    assert np.linalg.cond(RIDGE) > 1e5
+    v, info = on_the_ridge(name, True)(RIGHT)
+    assert Status(int(info.status)) is Status.CONVERGED
+    want = np.linalg.solve(RIDGE, RIGHT)
+    np.testing.assert_allclose(v, want, rtol=0, atol=1e-6 * np.abs(want).max())
+    np.testing.assert_allclose(info.residual, true_residual(RIDGE, v, RIGHT), rtol=1e-2)
+    if "not" not in name:
+        _, plain = on_the_ridge(name, False)(RIGHT)
+        assert int(info.num_steps) < 0.5 * int(plain.num_steps)
+
+
+def test_nystrom_preconditioner_saves_steps_and_leaves_no_bias():
+    matvec, want = (lambda v: jnp.asarray(RIDGE) @ v), np.linalg.solve(RIDGE, RIGHT)
+
+    def solve(b):
+        made = [linear.nystrom_preconditioner(rank, 1e-4) for rank in (5, 20, 100)]
+        solvers = [linear.cg(tol=1e-10, max_steps=4000, preconditioner=one) for one in (None, *made)]
+        return [solver(matvec, b) for solver in solvers]
+
+    answers = jax.jit(solve)(RIGHT)
+    for v, info in answers:
+        assert Status(int(info.status)) is Status.CONVERGED
+        np.testing.assert_allclose(v, want, rtol=0, atol=1e-6 * np.abs(want).max())
+    plain, five, twenty, full = (int(info.num_steps) for _, info in answers)
+    # The products of the sketch are counted; with all columns the preconditioned matrix is the identity.
+    assert plain > 100
+    assert five < 0.9 * plain
+    assert twenty < 0.6 * plain
+    assert 40 < full <= 43
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_nystrom_preconditioner_is_its_formula(dtype):
+    """Against NumPy on a matrix of rank three, which three directions hold, and six hold no better."""
+    low = np.random.default_rng(2).standard_normal((N, 3))
+    values, U = np.linalg.eigh(low @ low.T)
+    values, U, mu = values[-3:], U[:, -3:], 0.1
+    inverse = np.eye(N) + U @ np.diag((values[0] + mu) / (values + mu) - 1) @ U.T
+    matrix = jnp.asarray(low @ low.T + mu * np.eye(N), dtype)
+    b = jnp.asarray(B, dtype)
+
+    def applied(b, rank):
+        apply, products = linear.nystrom_preconditioner(rank, mu, jax.random.key(3)).build(lambda v: matrix @ v, b)
+        assert products == rank
+        return apply(b)
+
+    for v in jax.jit(lambda b: [applied(b, rank) for rank in (3, 6)])(b):
+        assert v.dtype == dtype
+        np.testing.assert_allclose(v, inverse @ B, rtol=0, atol=1e-10 if dtype == np.float64 else 1e-4)
+
+
+def test_nystrom_preconditioner_on_trees_and_on_nothing():
+    b = tree((np.float64, np.float32, np.float64))
+    solver = linear.cg(preconditioner=linear.nystrom_preconditioner(3, 0.1))
+    v, info = jax.jit(lambda b: solver(tree_product(SYMMETRIC, b), b))(b)
+    np.testing.assert_allclose(flat_double(v), np.linalg.solve(SYMMETRIC, flat_double(b)), rtol=0, atol=1e-6)
+    assert v["rest"][0].dtype == np.float64
+    assert v["one"].dtype == np.float32
+    v, info = jax.jit(lambda b: linear.cg(preconditioner=linear.nystrom_preconditioner(3))(lambda v: 0.0 * v, b))(B)
+    assert Status(int(info.status)) is Status.STALLED  # a matrix of zeros
+    v, info = jax.jit(lambda b: linear.cg(preconditioner=linear.nystrom_preconditioner(3))(lambda v: v * np.nan, b))(B)
+    assert Status(int(info.status)) is Status.NON_FINITE
+    assert np.isnan(v).any()
+
+
+def test_preconditioned_adjoints_are_right_in_both_modes():
+    """An implicit derivative whose system is A' in reverse mode; the preconditioner is that of A."""
+    walk = odl.fixed_point(lambda x, theta: x - (jnp.asarray(GENERAL) @ x - theta))
+    slanted = jnp.asarray(np.linalg.inv(np.triu(GENERAL)))
+    base, weights = odl.for_steps(walk, 60), np.random.default_rng(3).standard_normal(N)
+    inverse = np.linalg.inv(GENERAL)
+    for make in (linear.gmres, linear.bicgstab):
+        solver = odl.implicit(base, make(preconditioner=lambda v: slanted @ v))
+        value = lambda theta, solver=solver: jnp.sum(weights * solver(jnp.zeros(N), theta).x)
+        both = jax.jit(lambda theta, value=value: (jax.grad(value)(theta), jax.jvp(value, (theta,), (theta,))[1]))
+        gradient, along = both(jnp.asarray(B))
+        np.testing.assert_allclose(gradient, inverse.T @ weights, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(along, weights @ inverse @ B, rtol=0, atol=1e-10)
+
+
+def test_an_indefinite_preconditioner_stalls_cg():
+    solver = linear.cg(preconditioner=lambda v: -v)
+    v, info = jax.jit(lambda b: solver(lambda v: jnp.asarray(SYMMETRIC) @ v, b))(B)
+    assert Status(int(info.status)) is Status.STALLED
+    assert np.isfinite(v).all()
+
+
+def test_preconditioners_that_are_none_are_refused():
+    for make in (linear.cg, linear.gmres, linear.bicgstab):
+        with pytest.raises(TypeError, match=rf"{make.__name__}: preconditioner must be a function of \(v\)"):
+            make(preconditioner=lambda matvec, b: None)
+    with pytest.raises(TypeError, match="the preconditioner must keep the shapes and dtypes of v"):
+        linear.cg(preconditioner=lambda v: v[:1])(product(SYMMETRIC), jnp.asarray(B))
+    with pytest.raises(ValueError, match=r"nystrom_preconditioner: rank must be a whole number of at least 1; 0 came"):
+        linear.nystrom_preconditioner(0)
+    with pytest.raises(ValueError, match=r"nystrom_preconditioner: regularisation must lie in \[0, inf\); -1.0 came"):
+        linear.nystrom_preconditioner(2, -1.0)
+
+
+# ---- the series with a stop test -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def series(terms, tol):
+    solver = linear.neumann(terms, tol)
+    return jax.jit(lambda matrix, b, guess: solver(lambda v: matrix @ v, b, guess))
+
+
+def test_neumann_stops_at_its_tolerance():
+    zero = np.zeros(N)
+    v, info = series(200, 1e-11)(GENERAL, B, zero)
+    np.testing.assert_allclose(v, np.linalg.solve(GENERAL, B), rtol=0, atol=1e-10)
+    assert Status(int(info.status)) is Status.CONVERGED
+    assert int(info.num_steps) < 60
+    assert float(info.residual) <= 1e-11
+    _, again = series(200, 1e-11)(GENERAL, B, np.asarray(v))
+    assert int(again.num_steps) == 0  # warm
+    short, info = series(4, 1e-11)(GENERAL, B, zero)
+    want = sum(np.linalg.matrix_power(np.eye(N) - GENERAL, i) @ B for i in range(5))
+    np.testing.assert_allclose(short, want, rtol=0, atol=1e-13)
+    assert (Status(int(info.status)), int(info.num_steps)) == (Status.STEP_BUDGET_SPENT, 4)
+
+
+def test_neumann_says_that_it_does_not_converge():
+    _, info = series(200, 1e-11)(-np.eye(N), B, np.zeros(N))  # the terms double
+    assert Status(int(info.status)) is Status.STALLED
+    assert int(info.num_steps) == 20
+    broken = GENERAL.copy()
+    broken[1, 1] = np.nan
+    v, info = series(200, 1e-11)(broken, B, np.zeros(N))
+    assert Status(int(info.status)) is Status.NON_FINITE
+    assert not np.isfinite(v).all()
+    v, info = series(200, 1e-11)(GENERAL, np.zeros(N), np.zeros(N))
+    assert (Status(int(info.status)), int(info.num_steps), float(np.abs(v).max())) == (Status.CONVERGED, 0, 0.0)
+    with pytest.raises(ValueError, match=r"neumann: tol must lie in \(0, inf\); 0.0 came"):
+        linear.neumann(3, 0.0)

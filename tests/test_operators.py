@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expansions import as_matrix, pairs, picard, squares
 from scipy.optimize import linprog
 
 import odljax as odl
@@ -31,41 +32,6 @@ def soft(v, threshold):
 
 def l1(v, theta, step_size):
     return prox.l1(v, theta, step_size)
-
-
-def picard(operator, x, theta, num_steps, relaxation=1.0):
-    """The last iterate, as NumPy arrays."""
-
-    def body(_, x):
-        return jax.tree.map(lambda a, b: a + relaxation * (b - a), x, operator(x, theta))
-
-    return jax.tree.map(np.asarray, jax.jit(lambda x, theta: jax.lax.fori_loop(0, num_steps, body, x))(x, theta))
-
-
-def as_matrix(linear, like):
-    """The matrix of a linear map of pytrees, by columns."""
-    flat, unravel = jax.flatten_util.ravel_pytree(like)
-    return np.asarray(
-        jax.jit(jax.vmap(lambda v: jax.flatten_util.ravel_pytree(linear(unravel(v)))[0], out_axes=1))(
-            jnp.eye(flat.size, dtype=flat.dtype)
-        )
-    )
-
-
-def pairs(operator, like, theta, count=200, spread=3.0):
-    """``T a - T b`` and ``a - b`` of random pairs, as rows."""
-    flat, unravel = jax.flatten_util.ravel_pytree(like)
-    points = spread * np.random.default_rng(7).standard_normal((2 * count, flat.size))
-
-    def apply(v):
-        return jax.flatten_util.ravel_pytree(operator(unravel(v), theta))[0]
-
-    images = np.asarray(jax.jit(jax.vmap(apply))(jnp.asarray(points)))
-    return images[::2] - images[1::2], points[::2] - points[1::2]
-
-
-def squares(rows, metric=None):
-    return np.sum(rows * (rows if metric is None else rows @ metric.T), axis=1)
 
 
 # ---- gradient --------------------------------------------------------------------------------------------------------
@@ -233,6 +199,10 @@ def test_linearized_admm_and_its_metric_against_the_formula(r, given):
     assert isinstance(got, ADMMVariables)
     for part, want in zip(got, admm_step(z, e, y, theta, r), strict=True):
         np.testing.assert_allclose(part, want, rtol=0, atol=1e-13)
+    gap = displacement(T, ADMMVariables(*map(jnp.asarray, (z, e, y))), theta)
+    for part, before, after in zip(gap, (z, e, y), got, strict=True):
+        np.testing.assert_allclose(part, before - np.asarray(after), rtol=0, atol=1e-13)
+    assert T.answer(got, theta) is got.z
     G = as_matrix(lambda v: T.metric(v, theta), SHAPE)
     np.testing.assert_allclose(G, admm_metric(r), rtol=0, atol=1e-12)
     np.testing.assert_allclose(G, G.T, rtol=0, atol=1e-12)

@@ -8,20 +8,30 @@ from registry import ITERATIONS, PROBLEMS
 
 import odljax as odl
 
-PAIRS = [(p, i) for p in PROBLEMS for i in ITERATIONS if ITERATIONS[i](PROBLEMS[p]()) is not None]
+
+def pairs():
+    """Each iteration on three of its problems, by turns; the derivative matrix takes it to all of them."""
+    for number, (name, build) in enumerate(ITERATIONS.items()):
+        fits = [p for p in PROBLEMS if build(PROBLEMS[p]()) is not None]
+        turn = number % len(fits)
+        yield from ((p, name) for p in (fits[turn:] + fits[:turn])[:3])
+
+
+PAIRS = list(pairs())
 
 
 def test_every_constructor_and_transform_of_the_face_is_registered():
     apart = {"aggregate", "layered", "as_iteration"}  # without an operator: tested by hand in test_hypergradients
+    apart |= {"accelerated_hard_thresholding", "quadratic_program"}  # on problems of their own: in files of their own
     constructors = {name for name in odl.iterations.__all__ if name[0].islower()} - apart
-    assert constructors == set(ITERATIONS)
+    assert constructors == {name.split()[0] for name in ITERATIONS}
 
 
 @pytest.mark.parametrize(("problem_name", "iteration_name"), PAIRS)
 def test_protocol(problem_name, iteration_name):
     problem = PROBLEMS[problem_name]()
     iteration = ITERATIONS[iteration_name](problem)
-    assert iteration_name in iteration.name
+    assert iteration_name.split()[0] in iteration.name
     x, theta = problem.solution(problem.theta), problem.theta
     state, k = iteration.init(x, theta), jnp.zeros((), int)
     new_x, new_state = jax.jit(iteration.step)(x, state, theta, k)

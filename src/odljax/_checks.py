@@ -51,8 +51,12 @@ def describe(leaf: Any) -> str:
     return f"{type(leaf).__name__}"
 
 
-def as_inner(who: str, name: str, x: T) -> T:
-    """``x`` as strongly typed arrays; refuses an empty tree and leaves that are not real floating point."""
+def as_inner(who: str, name: str, x: T, *, or_complex: bool = False) -> T:
+    """``x`` as strongly typed arrays; refuses an empty tree and leaves that are not real (or complex) floating point.
+
+    Complex leaves are for what treats them as pairs of real numbers: gradients are conjugated, inner products real.
+    """
+    kind, wanted = (jnp.inexact, "real or complex") if or_complex else (jnp.floating, "real")
     leaves, structure = jax.tree_util.tree_flatten_with_path(x)
     if not leaves:
         raise TypeError(f"{who}: {name} needs at least one floating-point leaf; an empty tree came.")
@@ -64,9 +68,9 @@ def as_inner(who: str, name: str, x: T) -> T:
                 f"Pass a pytree of floating-point arrays."
             )
         array = jnp.asarray(leaf)
-        if not jnp.issubdtype(array.dtype, jnp.floating):
+        if not jnp.issubdtype(array.dtype, kind):
             raise TypeError(
-                f"{who}: {name} must be real floating point; leaf {leaf_name(path)} is {describe(array)}. "
+                f"{who}: {name} must be {wanted} floating point; leaf {leaf_name(path)} is {describe(array)}. "
                 f"Cast it, for instance with .astype(float), or close over it if it is not solved for."
             )
         arrays.append(array)

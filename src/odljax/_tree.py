@@ -60,24 +60,39 @@ def zeros_like(x: T) -> T:
     return jax.tree.map(jnp.zeros_like, x)
 
 
+def conjugate(x: T) -> T:
+    """The complex conjugate; real leaves as they are."""
+    return jax.tree.map(lambda leaf: jnp.conj(leaf) if jnp.iscomplexobj(leaf) else leaf, x)
+
+
+def is_complex(x: object) -> bool:
+    """Whether a leaf is complex."""
+    return any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x))
+
+
 def strong(x: T) -> T:
     """The same arrays without weak types, so that a loop's carry keeps its type."""
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), x)
 
 
 def accumulation_dtype(x: object) -> np.dtype:
-    """The widest dtype of the leaves, float32 at least: sums over leaves are taken in it."""
-    return np.result_type(np.float32, *(leaf.dtype for leaf in jax.tree.leaves(x) if leaf.dtype.itemsize >= 4))
+    """The widest real dtype of the leaves, float32 at least: sums over leaves are taken in it."""
+    kinds = (jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(x))
+    return np.result_type(np.float32, *(kind for kind in kinds if kind.itemsize >= 4))
 
 
 def vdot(x: T, y: T) -> Array:
-    """``<x, y>`` over all leaves, accumulated in float32 at least.
+    """``<x, y>`` over all leaves, accumulated in float32 at least; complex numbers are pairs of real ones.
 
     Product, then sum: a contraction over a sharded axis is ambiguous under explicit sharding.
     """
     dtype = accumulation_dtype((x, y))
-    products = jax.tree.map(lambda a, b: jnp.sum((a * b).astype(dtype)), _widen(x), _widen(y))
+    products = jax.tree.map(lambda a, b: jnp.sum(_product(a, b).astype(dtype)), _widen(x), _widen(y))
     return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype))
+
+
+def _product(a: Array, b: Array) -> Array:
+    return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
 
 
 def _widen(x: T) -> T:

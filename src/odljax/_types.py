@@ -12,17 +12,17 @@ from jax import Array
 
 # The import of jaxtyping is a tenth of ours, and annotations are checked only where somebody has loaded it to that end.
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from jaxtyping import Float, Int, PyTree
+    from jaxtyping import Float, Inexact, Int, PyTree
 else:
 
     class _Unchecked:
         def __class_getitem__(cls, item: Any) -> Any:
             return Any
 
-    Float = Int = PyTree = _Unchecked
+    Float = Inexact = Int = PyTree = _Unchecked
 
 X = TypeVar("X")
-"""The inner variable: a pytree of floating-point arrays."""
+"""The inner variable: a pytree of floating-point arrays; complex ones are pairs of real numbers."""
 
 Theta = TypeVar("Theta")
 """The hyper-variable: a pytree; its floating-point leaves are differentiated."""
@@ -51,7 +51,9 @@ class Status(enum.IntEnum):
     STEP_BUDGET_SPENT = 2
     STALLED = 3
     DIVERGED = 4
-    NON_FINITE = 5
+    PRIMAL_INFEASIBLE = 5
+    DUAL_INFEASIBLE = 6
+    NON_FINITE = 7
 
 
 STATUS_MESSAGES: dict[Status, str] = {
@@ -65,6 +67,13 @@ STATUS_MESSAGES: dict[Status, str] = {
         "in float64) or, in a linear solve, because the matrix is singular or not positive definite"
     ),
     Status.DIVERGED: "the residual grew beyond 1e6 times the scale of its start; take a smaller step size",
+    Status.PRIMAL_INFEASIBLE: (
+        "the constraints contradict each other: the steps converge to a proof that no point meets them; relax them"
+    ),
+    Status.DUAL_INFEASIBLE: (
+        "the objective falls without bound on the constraints: the steps converge to a direction along which it does; "
+        "bound the variables or make the objective strongly convex"
+    ),
     Status.NON_FINITE: (
         "a NaN or an infinity came in with x0 or theta, or appeared on the way; look at them, then at the step size"
     ),

@@ -2,7 +2,8 @@
 
 from ._forward import forward
 from ._implicit import implicit, one_step
+from ._on_support import on_support
 from ._phantom import phantom
 from ._unrolled import truncated, unrolled
 
-__all__ = ["forward", "implicit", "one_step", "phantom", "truncated", "unrolled"]
+__all__ = ["forward", "implicit", "on_support", "one_step", "phantom", "truncated", "unrolled"]

@@ -104,16 +104,23 @@ def _accumulated(function: Callable[..., Any], operands: tuple[Any, ...]) -> tup
 
 
 def _basis(leaves: list[Array]) -> list[Array]:
-    """One unit tangent an entry of the leaves, along a new leading axis."""
-    total, first, basis = sum(leaf.size for leaf in leaves), 0, []
+    """One unit tangent a real number in the leaves, along a new leading axis."""
+    total, first, basis = sum(_real_size(leaf) for leaf in leaves), 0, []
     for leaf in leaves:
         unit = jnp.eye(total, leaf.size, -first, leaf.dtype)
+        if jnp.iscomplexobj(leaf):
+            unit = unit + 1j * jnp.eye(total, leaf.size, -first - leaf.size, leaf.dtype)
         basis.append(unit.reshape(total, *leaf.shape))
-        first += leaf.size
+        first += _real_size(leaf)
     return basis
+
+
+def _real_size(leaf: Array) -> int:
+    return leaf.size * (2 if jnp.iscomplexobj(leaf) else 1)
 
 
 def _combine(columns: Array, tangents: list[Array]) -> Array:
     """The Jacobian times the tangents; product, then sum: a contraction over a sharded axis is ambiguous."""
-    weights = jnp.concatenate([t.ravel().astype(columns.dtype) for t in tangents])
+    parts = [part for t in tangents for part in ((t.real, t.imag) if jnp.iscomplexobj(t) else (t,))]
+    weights = jnp.concatenate([jnp.ravel(part).astype(columns.dtype) for part in parts])
     return jnp.sum(columns * weights.reshape(-1, *(1,) * (columns.ndim - 1)), axis=0)

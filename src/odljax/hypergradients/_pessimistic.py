@@ -37,6 +37,7 @@ class _Found(NamedTuple):
 
 _REASONS = {
     "implicit": "differentiates at a solution, and the worst iterate is none",
+    "on_support": "differentiates at a solution, and the worst iterate is none",
     "one_step": "differentiates at a solution, and the worst iterate is none",
     "phantom": "differentiates at a solution, and the worst iterate is none",
     "truncated": "differentiates the last steps only, which lie behind the worst iterate",

@@ -121,6 +121,7 @@ def reversible(
 
     def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         differentiable(who, theta)
+        x0 = as_inner(who, "x0", x0) if start is None else x0  # its whole-number arithmetic knows real numbers only
         return WalkState(first_start(who, start, x0), start_outer(theta))
 
     def update(theta: Theta, state: WalkState, *data: Any) -> tuple[Theta, State, Info]:

@@ -9,6 +9,7 @@ from ..solvers import Solver
 
 _BLIND = {
     "implicit": "differentiates at the solution, whatever the start",
+    "on_support": "differentiates at the solution, whatever the start",
     "one_step": "differentiates at the solution, whatever the start",
     "phantom": "differentiates at the solution, whatever the start",
     "truncated": "stops the derivative before it reaches the start",
@@ -29,9 +30,9 @@ def check_start(who: str, start: Any, solver: Solver) -> None:
 
 def first_start(who: str, start: Any, x0: Any) -> Any:
     """What the state remembers of x0: nothing where theta says where to start."""
-    return as_inner(who, "x0", x0) if start is None else None
+    return as_inner(who, "x0", x0, or_complex=True) if start is None else None
 
 
 def started(who: str, start: Any, theta: Any, x0: Any) -> Any:
     """The inner start of one update."""
-    return x0 if start is None else as_inner(who, "start(theta)", start(theta))
+    return x0 if start is None else as_inner(who, "start(theta)", start(theta), or_complex=True)

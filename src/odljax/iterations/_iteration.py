@@ -119,7 +119,7 @@ def gradient_descent(objective: Objective, step_size: Coefficient) -> Iteration:
         1.0
     """
     step_at = coefficient("gradient_descent", "step_size", step_size)
-    operator = gradient(objective, _first(step_at))
+    operator = gradient(objective, first(step_at))
 
     def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
         _, slope = value_and_gradient("gradient_descent", objective, x, theta)
@@ -128,7 +128,7 @@ def gradient_descent(objective: Objective, step_size: Coefficient) -> Iteration:
     return Iteration(stateless, step, operator, "gradient_descent")
 
 
-def _first(coefficient: Callable[[Any, Step], Any]) -> Callable[[Any], Any]:
+def first(coefficient: Callable[[Any, Step], Any]) -> Callable[[Any], Any]:
     """The coefficient of the operator, which has no steps: that of k = 0."""
     return lambda theta: coefficient(theta, jnp.zeros((), int))
 
@@ -161,7 +161,7 @@ def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) 
         2.0
     """
     step_at = coefficient("proximal_gradient", "step_size", step_size)
-    operator = forward_backward(objective, prox, _first(step_at))
+    operator = forward_backward(objective, prox, first(step_at))
 
     def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
         _, backward, _ = forward_backward_step(objective, prox, x, theta, step_at(theta, k))

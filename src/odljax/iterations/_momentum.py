@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
 
 from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, State, Step, Theta, X
 from ..operators import Operator
 from ._iteration import Iteration, as_iteration
+
+
+class Restarted(NamedTuple):
+    """The previous iterate, the state of the iteration below, and the steps since the last restart."""
+
+    previous: Any
+    inner: State
+    age: Array
 
 
 def _fista_momentum(k: Step) -> Any:
@@ -21,6 +32,8 @@ def _fista_momentum(k: Step) -> Any:
 def nesterov(
     iteration: Iteration[X, Theta] | Operator[X, Theta] | Callable[[X, Theta], X],
     momentum: Coefficient = _fista_momentum,
+    *,
+    restart: bool = False,
 ) -> Iteration[X, Theta]:
     r"""Returns the iteration with Nesterov's extrapolation before each step.
 
@@ -28,19 +41,27 @@ def nesterov(
 
     When: gradient or proximal gradient steps on a convex problem with step size at most 1/L: the rate becomes
     :math:`O(1/k^2)`; with strong convexity m, the constant
-    :math:`\beta = (\sqrt{L} - \sqrt{m}) / (\sqrt{L} + \sqrt{m})` gives a linear rate. The iterates need not be
-    monotone.
+    :math:`\beta = (\sqrt{L} - \sqrt{m}) / (\sqrt{L} + \sqrt{m})` gives a linear rate. Where m is unknown, or only
+    local, ``restart`` finds about that rate: momentum is dropped, and its schedule begins anew, whenever it points
+    uphill,
+    :math:`\langle v_k - x_{k+1}, x_{k+1} - x_k \rangle > 0`. The iterates need not be monotone.
+
+    Around ``krasnoselskii_mann`` this is the inertial iteration of Krasnoselskii and Mann,
+    :math:`x_{k+1} = v_k + \alpha (T v_k - v_k)`. For a T that is only non-expansive it needs a small constant momentum:
+    non-decreasing :math:`\beta_k < 1/3` with :math:`\alpha = 1/2`.
 
     Args:
         iteration: an iteration, an operator, or a function ``(x, theta) -> x``.
         momentum: :math:`\beta_k` in [0, 1), a number, a schedule of k or a function of theta; default :math:`k/(k+3)`.
+        restart: whether momentum that points uphill is dropped; a schedule then counts k from the last such step.
 
     Raises:
         ValueError: a momentum outside [0, 1).
 
-    Cost: that of the iteration; one more copy of x.
+    Cost: that of the iteration; one more copy of x; one inner product for the restart.
 
-    Source: Nesterov (1983); Beck and Teboulle (2009); :math:`k/(k+3)`: Chambolle and Dossal (2015), a = 3.
+    Source: Nesterov (1983); Beck and Teboulle (2009); :math:`k/(k+3)`: Chambolle and Dossal (2015), a = 3; restart:
+    O'Donoghue and Candes (2015), the gradient scheme; inertial: Alvarez and Attouch (2001), Mainge (2008).
 
     Example:
         >>> import odljax as odl
@@ -57,7 +78,18 @@ def nesterov(
         target, inner = iteration.step(ahead, inner, theta, k)
         return target, (x, inner)
 
-    return dataclasses.replace(iteration, init=_remember(iteration), step=step, name=f"nesterov({iteration.name})")
+    def restarted(x: X, state: Restarted, theta: Theta, k: Step) -> tuple[X, Restarted]:
+        ahead = _tree.add_scaled(x, beta(theta, state.age), _tree.subtract(x, state.previous))
+        target, inner = iteration.step(ahead, state.inner, theta, k)
+        uphill = _tree.vdot(_tree.subtract(ahead, target), _tree.subtract(target, x)) > 0
+        age = jnp.where(uphill, jnp.zeros_like(state.age), state.age + 1)
+        return target, Restarted(_tree.where(uphill, target, x), inner, age)
+
+    def young(x: X, theta: Theta) -> Restarted:
+        return Restarted(x, iteration.init(x, theta), jnp.zeros((), int))
+
+    init, step = (young, restarted) if restart else (_remember(iteration), step)
+    return dataclasses.replace(iteration, init=init, step=step, name=f"nesterov({iteration.name})")
 
 
 def heavy_ball(

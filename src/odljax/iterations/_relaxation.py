@@ -85,7 +85,13 @@ def project(
     operator = iteration.operator
     if operator is not None:
         projector = Operator(projection, name="project")
-        operator = compose(projector, operator, metric=operator.metric, metric_inverse=operator.metric_inverse)
+        operator = compose(
+            projector,
+            operator,
+            metric=operator.metric,
+            metric_inverse=operator.metric_inverse,
+            readout=operator.readout,
+        )
 
     def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
         x, state = iteration.step(x, state, theta, k)

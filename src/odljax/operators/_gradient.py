@@ -17,9 +17,12 @@ Prox = Callable[[Any, Any, Any], Any]
 
 
 def value_and_gradient(who: str, objective: Objective, x: Any, theta: Any) -> tuple[jax.Array, Any]:
-    """The objective and its gradient in x, checked to be a scalar."""
+    """The objective, checked to be a real scalar, and its gradient in x; in complex x the direction of steepest ascent.
+
+    That is twice the Wirtinger derivative in the conjugate of x; ``jax.grad`` returns its conjugate.
+    """
     value, gradient = jax.value_and_grad(lambda x: scalar(who, "the objective", objective(x, theta)))(x)
-    return value, gradient
+    return value, _tree.conjugate(gradient)
 
 
 def gradient(objective: Objective, step_size: Coefficient) -> Operator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic
+from typing import Any, Generic
 
 import jax.numpy as jnp
 from jax import Array
@@ -30,6 +30,11 @@ class Operator(Generic[X, Theta]):
         symmetric: whether the Jacobian of T in x is symmetric and :math:`I - T'` positive definite at the solution, so
             that conjugate gradients may solve the adjoint system. True for gradient steps, False for proximal,
             ADMM and network maps.
+        readout: ``(x, theta) -> answer``, where x is not itself what the user wants: the governing sequence of
+            Douglas-Rachford, primal and dual variables together. None: the answer is x. Call it through ``answer``.
+        certificate: ``(x, displacement, theta) -> code``, an integer array: a code of ``odl.Status`` if the displacement
+            ``x - T(x, theta)`` proves that there is no fixed point, else -1. (The displacements of a non-expansive map
+            without a fixed point converge to one vector.) ``until_converged`` asks it. None: nothing is asked.
         name: what messages call it.
 
     Example:
@@ -44,14 +49,20 @@ class Operator(Generic[X, Theta]):
     metric: Callable[[X, Theta], X] | None = None
     metric_inverse: Callable[[X, Theta], X] | None = None
     symmetric: bool = False
+    readout: Callable[[X, Theta], Any] | None = None
+    certificate: Callable[[X, X, Theta], Array] | None = None
     name: str = "operator"
 
     def __post_init__(self) -> None:
         is_callable(self.name, "apply", self.apply, "x, theta")
 
     def __call__(self, x: X, theta: Theta) -> X:
-        x = as_inner(self.name, "x", x)
+        x = as_inner(self.name, "x", x, or_complex=True)
         return same_as(self.name, "the operator T(x, theta)", self.apply(x, theta), x)
+
+    def answer(self, x: X, theta: Theta) -> Any:
+        """What x, at a fixed point, says about the problem: ``readout(x, theta)``, or x itself where there is none."""
+        return x if self.readout is None else self.readout(x, theta)
 
 
 def displacement(operator: Operator[X, Theta], x: X, theta: Theta) -> X:
@@ -119,6 +130,8 @@ def averaged(
         metric=operator.metric,
         metric_inverse=operator.metric_inverse,
         symmetric=operator.symmetric,
+        readout=operator.readout,
+        certificate=operator.certificate,  # a direction: the relaxation scales it
         name=f"averaged({operator.name})",
     )
 
@@ -127,6 +140,7 @@ def compose(
     *operators: Operator[X, Theta] | Callable[[X, Theta], X],
     metric: Callable[[X, Theta], X] | None = None,
     metric_inverse: Callable[[X, Theta], X] | None = None,
+    readout: Callable[[X, Theta], Any] | None = None,
 ) -> Operator[X, Theta]:
     r"""Returns the composition, the last operator applied first.
 
@@ -139,6 +153,7 @@ def compose(
         operators: at least one operator or function ``(x, theta) -> x``.
         metric: the common metric, ``(v, theta) -> v``. None: the identity.
         metric_inverse: its inverse, ``(v, theta) -> v``.
+        readout: what a fixed point of the composition says about the problem, ``(x, theta) -> answer``. None: x itself.
 
     Raises:
         TypeError: no operator came.
@@ -161,7 +176,7 @@ def compose(
         return x
 
     name = f"compose({', '.join(factor.name for factor in factors)})"
-    return Operator(apply, metric=metric, metric_inverse=metric_inverse, name=name)
+    return Operator(apply, metric=metric, metric_inverse=metric_inverse, readout=readout, name=name)
 
 
 def residual(operator: Operator[X, Theta], x: X, theta: Theta) -> Array:

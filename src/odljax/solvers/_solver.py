@@ -15,7 +15,8 @@ from .. import _tree
 from .._checks import as_inner, count, forward_only, is_a, is_callable, number, record, same_as
 from .._types import STATUS_MESSAGES, Scalar, State, Status, Step, Theta, X
 from ..iterations import Iteration
-from ..operators._operator import residual
+from ..operators import Operator
+from ..operators._operator import displacement
 
 _DIVERGENCE = 1e6
 _RUNNING = -1
@@ -101,7 +102,7 @@ class Solver(Generic[X, Theta]):
     differentiate: Callable[[Solver[Any, Any]], Solver[Any, Any]] | None = None
 
     def __call__(self, x0: X, theta: Theta) -> Solution:
-        return self.solve(as_inner(self.name, "x0", x0), theta)
+        return self.solve(as_inner(self.name, "x0", x0, or_complex=True), theta)
 
     @property
     def name(self) -> str:
@@ -187,8 +188,9 @@ def until_converged(
 
     Returns:
         A solver. Its status is CONVERGED, STEP_BUDGET_SPENT, STALLED (25 steps without a smaller residual, at 100
-        rounding units of x), DIVERGED (residual beyond 1e6 times the largest of the first residual, \|x0\| and 1) or
-        NON_FINITE (which x then shows, whether it came in with x0 or theta or appeared on the way).
+        rounding units of x), DIVERGED (residual beyond 1e6 times the largest of the first residual, \|x0\| and 1),
+        PRIMAL_INFEASIBLE or DUAL_INFEASIBLE (where the operator has a certificate: quadratic programs) or NON_FINITE
+        (which x then shows, whether it came in with x0 or theta or appeared on the way).
 
     Raises:
         TypeError: iteration is none, or has no operator; a step that changes structure, shape or dtype; reverse mode.
@@ -327,10 +329,11 @@ def scan_body(iteration: Iteration, history: bool, record: Record | None) -> Cal
 
 def residual_at(iteration: Iteration, x: Any, theta: Any) -> Array | None:
     """The residual of the iteration's operator, without a derivative; None where there is no operator."""
-    if iteration.operator is None:
-        return None
-    stopped = jax.lax.stop_gradient((x, theta))
-    return jax.lax.stop_gradient(residual(iteration.operator, *stopped))
+    return None if iteration.operator is None else jnp.asarray(_tree.norm(_move_at(iteration.operator, x, theta)))
+
+
+def _move_at(operator: Operator, x: Any, theta: Any) -> Any:
+    return jax.lax.stop_gradient(displacement(operator, *jax.lax.stop_gradient((x, theta))))
 
 
 def finish(
@@ -390,21 +393,25 @@ def stopping_body(
     def body(carry: Progress) -> tuple[Progress, History | None]:
         x, state, k = carry.x, carry.state, carry.k
         size = _tree.norm(jax.lax.stop_gradient(x))
-        measure = residual_at(iteration, x, theta)
-        assert measure is not None
+        assert iteration.operator is not None
+        move = _move_at(iteration.operator, x, theta)
+        measure = jnp.asarray(_tree.norm(move))
         limit = jnp.asarray(absolute).astype(size.dtype) + jnp.asarray(relative).astype(size.dtype) * size
         reference = jnp.where(k == 0, jnp.maximum(carry.reference, measure), carry.reference)
         better = measure < carry.best
         best_at = jnp.where(better, k, carry.best_at)
         rounding = 100 * float(jnp.finfo(_lowest_dtype(x)).eps) * size
         tests = [
-            (~(jnp.isfinite(measure) & jnp.isfinite(size)), Status.NON_FINITE),
-            (measure <= limit, Status.CONVERGED),
-            (measure > _DIVERGENCE * reference, Status.DIVERGED),
-            ((k - best_at >= _PATIENCE) & (measure <= rounding), Status.STALLED),
-            (k >= max_steps, Status.STEP_BUDGET_SPENT),
+            (~(jnp.isfinite(measure) & jnp.isfinite(size)), _code(Status.NON_FINITE)),
+            (measure <= limit, _code(Status.CONVERGED)),
+            (measure > _DIVERGENCE * reference, _code(Status.DIVERGED)),
+            ((k - best_at >= _PATIENCE) & (measure <= rounding), _code(Status.STALLED)),
+            (k >= max_steps, _code(Status.STEP_BUDGET_SPENT)),
         ]
-        status = jnp.select([test for test, _ in tests], [_code(code) for _, code in tests], _code(_RUNNING))
+        if iteration.operator.certificate is not None:
+            verdict = iteration.operator.certificate(*jax.lax.stop_gradient((x, move, theta)))
+            tests.insert(2, (verdict != _RUNNING, verdict.astype(jnp.int32)))
+        status = jnp.select([test for test, _ in tests], [code for _, code in tests], _code(_RUNNING))
         status = jnp.where(carry.status == _RUNNING, status, carry.status)
         running = status == _RUNNING
         # What is not finite is let through by one more step, so that x shows it and no derivative hides it.

@@ -1,0 +1,638 @@
+"""Quadratic programs: solutions against SciPy, derivatives against closed forms, certificates, the metric, messages."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import config
+from scipy.optimize import linprog, minimize
+
+import odljax as odl
+from odljax import operators
+from odljax.operators import QPVariables, QuadraticProgram
+from odljax.operators._operator import displacement
+
+N, EQUALITIES, INEQUALITIES = 5, 1, 5
+M = EQUALITIES + INEQUALITIES
+INF = np.inf
+
+
+def random_program(seed, n=N, equalities=EQUALITIES, inequalities=INEQUALITIES, width=0.3):
+    """Strictly convex, feasible, some constraints active and none weakly."""
+    rng = np.random.default_rng(seed)
+    m = equalities + inequalities
+    root, A, inside = rng.standard_normal((n, n)), rng.standard_normal((m, n)), rng.standard_normal(n)
+    slack = np.concatenate([np.zeros(equalities), width * rng.random(inequalities)])
+    data = (root @ root.T + 0.5 * np.eye(n), 3 * rng.standard_normal(n), A, A @ inside - slack, A @ inside + slack)
+    return QuadraticProgram(*map(jnp.asarray, data))
+
+
+PROGRAM = random_program(0)
+START = QPVariables.zeros(N, M)
+
+
+def given(theta):
+    return theta
+
+
+def derived(walk, tol=1e-12, max_steps=3000):
+    """Implicit, with a dense adjoint system: quicker to compile than the default, which other tests take."""
+    return odl.implicit(odl.until_converged(walk, tol=tol, max_steps=max_steps), odl.linear.dense())
+
+
+polish = jax.jit(operators.polish_quadratic_program(given))
+
+
+def violation(program, u):
+    """The largest violation of the optimality conditions, in NumPy."""
+    P, q, A, lower, upper = map(np.asarray, program)
+    image = A @ np.asarray(u.x)
+    parts = [P @ u.x + q + A.T @ np.asarray(u.y), image - np.clip(image + np.asarray(u.y), lower, upper)]
+    return max(np.abs(part).max() for part in parts)
+
+
+@functools.cache
+def solver(tol=1e-10, max_steps=4000, **options):
+    """One compilation for all programs of one shape."""
+    return jax.jit(odl.until_converged(odl.quadratic_program(given, **options), tol=tol, max_steps=max_steps))
+
+
+def start_of(program, dtype=float):
+    return QPVariables.zeros(len(program.q), len(program.lower), dtype)
+
+
+def solve(program, dtype=float, **options):
+    program = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), program)
+    return solver(**options)(start_of(program, dtype), program)
+
+
+# ---- one application -------------------------------------------------------------------------------------------------
+
+
+def osqp_step(program, x, z, y, rho, sigma, alpha):
+    """Algorithm 1 of Stellato et al. (2020), by its full linear system."""
+    P, q, A, lower, upper = map(np.asarray, program)
+    n, m = len(q), len(lower)
+    matrix = np.block([[P + sigma * np.eye(n), A.T], [A, -np.diag(1 / rho)]])
+    solution = np.linalg.solve(matrix, np.concatenate([sigma * x - q, z - y / rho]))
+    ahead, nu = solution[:n], solution[n : n + m]
+    ahead_z = z + (nu - y) / rho
+    new_z = np.clip(alpha * ahead_z + (1 - alpha) * z + y / rho, lower, upper)
+    return alpha * ahead + (1 - alpha) * x, new_z, y + rho * (alpha * ahead_z + (1 - alpha) * z - new_z)
+
+
+def random_point(seed):
+    rng = np.random.default_rng(seed)
+    return QPVariables(*(jnp.asarray(rng.standard_normal(size)) for size in (N, M, M)))
+
+
+def test_a_step_against_the_full_linear_system():
+    u, rho = random_point(1), np.array([1e3] + [1.0] * INEQUALITIES) * 0.3
+    program = PROGRAM._replace(upper=PROGRAM.upper.at[2].set(INF), lower=PROGRAM.lower.at[2].set(-INF))
+    rho[2] *= 1e-3
+    want = osqp_step(program, *map(np.asarray, u), rho, 1e-2, 1.5)
+    T = operators.quadratic_program(given, penalty=0.3, regularization=1e-2, relaxation=1.5)
+    image, moved = jax.jit(lambda u, theta: (T(u, theta), displacement(T, u, theta)))(u, program)
+    for got, step, before, wanted in zip(image, moved, u, want, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(step, np.asarray(before) - wanted, rtol=0, atol=1e-10)
+    assert (T.symmetric, T.name) == (False, "quadratic_program")
+
+
+def test_one_decomposition_serves_every_penalty():
+    """The step at a multiple of the penalty is the step of an operator built with it, dense or by products."""
+    from odljax.operators._quadratic_program import reader, splitting
+
+    u = random_point(2)
+    read = reader("test", given)
+    fresh = lambda penalty: splitting("test", read, penalty, 1e-3, 1.6, None)(u, PROGRAM)[1]
+    dense, products = (splitting("test", read, 0.2, 1e-3, 1.6, way) for way in (None, odl.linear.cg()))
+    three = lambda scale: (fresh(0.2 * scale), dense(u, PROGRAM, scale)[1], products(u, PROGRAM, scale)[1])
+    want, *others = jax.jit(jax.vmap(three))(jnp.array([1 / 64, 1.0, 8.0]))
+    for got in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9), got, want)
+
+
+# ---- solutions -------------------------------------------------------------------------------------------------------
+
+
+def test_random_programs_against_scipy():
+    for seed in range(3):
+        program = random_program(seed)
+        solution = odl.check(solve(program))
+        P, q, A, lower, upper = map(np.asarray, program)
+        constraints = [
+            {"type": "eq", "fun": lambda x, A=A, b=lower: A[:1] @ x - b[:1]},
+            {
+                "type": "ineq",
+                "fun": lambda x, A=A[1:], low=lower[1:], high=upper[1:]: np.concatenate([A @ x - low, high - A @ x]),
+            },
+        ]
+        peer = minimize(lambda x, P=P, q=q: 0.5 * x @ P @ x + q @ x, np.zeros(N), jac=lambda x, P=P, q=q: P @ x + q,
+                        method="SLSQP", constraints=constraints, options={"ftol": 1e-15, "maxiter": 500})  # fmt: skip
+        np.testing.assert_allclose(solution.x.x, peer.x, rtol=0, atol=1e-6)
+        assert violation(program, solution.x) < 1e-8
+        polished = polish(solution.x, program)
+        assert violation(program, polished) < 1e-13
+        np.testing.assert_allclose(polished.x, solution.x.x, rtol=0, atol=1e-8)
+
+
+def test_a_transport_problem_against_highs():
+    """A linear program with a redundant equality: three mines, four mills."""
+    rng = np.random.default_rng(0)
+    cost, supply, demand = rng.random((3, 4)), np.array([0.5, 0.3, 0.2]), np.array([0.4, 0.3, 0.2, 0.1])
+    rows, columns = np.kron(np.eye(3), np.ones(4)), np.kron(np.ones(3), np.eye(4))
+    A = np.concatenate([rows, columns, np.eye(12)])
+    marginals = np.concatenate([supply, demand])
+    program = QuadraticProgram(
+        None, cost.ravel(), A, np.r_[marginals, np.zeros(12)], np.r_[marginals, np.full(12, INF)]
+    )
+    walk = odl.quadratic_program(program)
+    solution = odl.check(jax.jit(odl.until_converged(walk, tol=1e-10, max_steps=5000))(start_of(program), None))
+    peer = linprog(cost.ravel(), A_eq=np.concatenate([rows, columns]), b_eq=marginals, method="highs")
+    np.testing.assert_allclose(cost.ravel() @ np.asarray(solution.x.x), peer.fun, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(solution.x.x, peer.x, rtol=0, atol=1e-8)  # the costs are generic: it is unique
+    polished = polish(solution.x, program._replace(P=jnp.zeros((12, 12))))
+    np.testing.assert_allclose(polished.x, peer.x, rtol=0, atol=1e-12)
+
+
+@functools.cache
+def portfolio():
+    """Eight assets on two factors: covariance, expected returns; budget and no short sales."""
+    rng = np.random.default_rng(3)
+    factors = rng.standard_normal((8, 2))
+    covariance = factors @ factors.T + np.diag(0.5 + rng.random(8))
+    returns = 0.8 * rng.random(8)
+    A = np.concatenate([np.ones((1, 8)), np.eye(8)])
+    lower, upper = np.r_[1.0, np.zeros(8)], np.r_[1.0, np.full(8, 0.3)]
+    return QuadraticProgram(covariance, -returns, A, lower, upper)
+
+
+def test_a_portfolio_and_how_it_moves_with_the_aversion_to_risk():
+    data = portfolio()
+    program = lambda aversion: data._replace(P=aversion * data.P)
+    stopping = derived(odl.quadratic_program(program))
+    weights = jax.jit(lambda aversion: stopping(start_of(data), aversion).x.x)
+    x = np.asarray(weights(2.0))
+    peer = minimize(lambda x: x @ data.P @ x + data.q @ x, np.full(8, 1 / 8), jac=lambda x: 2 * data.P @ x + data.q,
+                    method="SLSQP", bounds=[(0, 0.3)] * 8, options={"ftol": 1e-15, "maxiter": 500},
+                    constraints=[{"type": "eq", "fun": lambda x: np.sum(x) - 1}])  # fmt: skip
+    np.testing.assert_allclose(x, peer.x, rtol=0, atol=1e-6)
+    free = (x > 1e-6) & (x < 0.3 - 1e-6)
+    assert 2 <= free.sum() < 8
+    # On the free assets: 2 S dx + S x + dy = 0 with the sum of dx zero.
+    k, S = free.sum(), data.P[np.ix_(free, free)]
+    system = np.block([[2.0 * S, np.ones((k, 1))], [np.ones((1, k)), np.zeros((1, 1))]])
+    want = np.zeros(8)
+    want[free] = np.linalg.solve(system, np.r_[-(data.P @ x)[free], 0.0])[:k]
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(weights))(2.0), want, rtol=0, atol=1e-9)
+
+
+def test_products_instead_of_arrays():
+    def products(theta):
+        return theta._replace(P=lambda v: theta.P @ v, A=lambda v: theta.A @ v)
+
+    stopping = derived(odl.quadratic_program(products), tol=1e-10)
+    dense = solve(PROGRAM)
+    loss = lambda theta: jnp.sum(jnp.sin(stopping(START, theta).x.x))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(PROGRAM)
+    np.testing.assert_allclose(value, jnp.sum(jnp.sin(dense.x.x)), rtol=0, atol=1e-9)
+    want = derivatives_by_polish(lambda u: jnp.sum(jnp.sin(u.x)))
+    np.testing.assert_allclose(gradient.q, want.q, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(gradient.A, want.A, rtol=0, atol=1e-8)
+
+
+def test_the_adaptive_penalty_saves_steps_and_settles():
+    fixed, adaptive = solve(PROGRAM, adapt_every=None), solve(PROGRAM)
+    odl.check(fixed)
+    assert int(adaptive.num_steps) < 0.5 * int(fixed.num_steps)
+    assert 1 / 4096 < float(adaptive.state) < 4096
+    np.testing.assert_allclose(adaptive.x.x, fixed.x.x, rtol=0, atol=1e-8)
+    # Both operators are one: that of the first penalty.
+    T, same = (odl.quadratic_program(given, adapt_every=every).operator for every in (25, None))
+    jax.tree.map(np.testing.assert_array_equal, T(random_point(3), PROGRAM), same(random_point(3), PROGRAM))
+
+
+def test_float32_with_x64_on():
+    exact = solve(PROGRAM)
+    solution = odl.check(solve(PROGRAM, jnp.float32, tol=3e-6))
+    assert {leaf.dtype for leaf in jax.tree.leaves((solution.x, solution.state))} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(solution.x.x, exact.x.x, rtol=0, atol=1e-5)
+    polished = polish(solution.x, PROGRAM)
+    assert polished.x.dtype == jnp.float32
+    np.testing.assert_allclose(polished.x, exact.x.x, rtol=0, atol=2e-6)
+
+
+def test_equilibration_of_a_badly_scaled_program():
+    rng = np.random.default_rng(5)
+    stretch, height = 10.0 ** rng.uniform(-2, 2, N), 10.0 ** rng.uniform(-2, 2, M)
+    P, q, A, lower, upper = map(np.asarray, PROGRAM)
+    bad = QuadraticProgram(
+        *map(jnp.asarray, (stretch[:, None] * P * stretch, stretch * q, height[:, None] * A * stretch)),
+        *map(jnp.asarray, (height * lower, height * upper)),
+    )
+    scaled, restore = operators.equilibrate_quadratic_program(given)
+    stopping = derived(odl.quadratic_program(scaled), tol=1e-11)
+
+    def restored(theta):
+        solution = stopping(START, theta)
+        return restore(solution.x, theta), solution
+
+    loss = lambda theta: (jnp.sum(jnp.asarray(stretch) * restored(theta)[0].x), restored(theta))
+    (_, (u, solution)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(bad)
+    assert int(solution.num_steps) < 400
+    assert int(solve(bad).num_steps) > 1200
+    want = solve(PROGRAM)
+    np.testing.assert_allclose(np.asarray(u.x) * stretch, want.x.x, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(np.asarray(u.y) * height, want.x.y, rtol=0, atol=1e-7)
+    # The scaling carries no derivative, and none is missing.
+    want = derivatives_by_polish(lambda u: jnp.sum(u.x))
+    np.testing.assert_allclose(gradient.q * stretch, want.q, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(height[:, None] * np.asarray(gradient.A) * stretch, want.A, rtol=0, atol=1e-7)
+
+
+# ---- the metric ------------------------------------------------------------------------------------------------------
+
+
+def ratios(T, points, weights):
+    """The squared lengths of ``T a - T b`` over those of ``a - b``, in a diagonal metric."""
+    flat = lambda u: jnp.concatenate(u)
+    images = np.asarray(jax.jit(jax.vmap(lambda u: flat(T(u, PROGRAM))))(points))
+    sources = np.asarray(jax.vmap(flat)(points))
+    moved, apart = images[::2] - images[1::2], sources[::2] - sources[1::2]
+    return np.sum(weights * moved**2, 1) / np.sum(weights * apart**2, 1)
+
+
+@pytest.mark.parametrize("relaxation", [1.0, 1.6])
+def test_it_is_non_expansive_in_its_metric_and_not_in_the_identity(relaxation):
+    T = operators.quadratic_program(given, penalty=0.3, regularization=0.05, relaxation=relaxation)
+    ones = QPVariables(jnp.ones(N), jnp.ones(M), jnp.ones(M))
+    weights = np.concatenate(T.metric(ones, PROGRAM))
+    rho = 0.3 * np.array([1e3] + [1.0] * INEQUALITIES)
+    np.testing.assert_allclose(weights, np.concatenate([np.full(N, 0.05), rho, 1 / rho]), rtol=1e-14)
+    np.testing.assert_allclose(np.concatenate(T.metric_inverse(ones, PROGRAM)), 1 / weights, rtol=1e-14)
+    rng = np.random.default_rng(0)
+    anywhere = QPVariables(*(jnp.asarray(3 * rng.standard_normal((400, size))) for size in (N, M, M)))
+    # Its own outcomes: z is the projection of z + y / rho.
+    w = np.asarray(anywhere.z) + np.asarray(anywhere.y) / rho
+    z = np.clip(w, PROGRAM.lower, PROGRAM.upper)
+    outcomes = QPVariables(anywhere.x, jnp.asarray(z), jnp.asarray(rho * (w - z)))
+    assert ratios(T, outcomes, weights).max() <= 1 + 1e-9
+    assert ratios(T, outcomes, np.ones_like(weights)).max() > 1.1
+    if relaxation == 1.0:
+        assert ratios(T, anywhere, weights).max() <= 1 + 1e-9
+
+
+def test_the_relaxed_operator_may_expand_between_points_that_are_no_outcomes():
+    T = operators.quadratic_program(given, penalty=0.3, regularization=0.05, relaxation=1.9)
+    weights = np.concatenate(T.metric(QPVariables(jnp.ones(N), jnp.ones(M), jnp.ones(M)), PROGRAM))
+    rng = np.random.default_rng(0)
+    rho = 0.3 * np.array([1e3] + [1.0] * INEQUALITIES)
+    z = rng.standard_normal((400, M))
+    against = QPVariables(*map(jnp.asarray, (np.zeros((400, N)), z, -rho * z)))
+    assert ratios(T, against, weights).max() > 1
+
+
+# ---- certificates ----------------------------------------------------------------------------------------------------
+
+ROWS = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+# P, q, lower, upper and the status.
+CASES = {
+    "contradicting equalities": (np.eye(2), [1.0, 1.0], [5.0, 0.0, 0.0], [5.0, 0.0, 0.0], "PRIMAL_INFEASIBLE"),
+    "contradicting inequalities": (0 * np.eye(2), [1.0, 1.0], [5.0, 0.0, 0.0], [INF, 1.0, 1.0], "PRIMAL_INFEASIBLE"),
+    "bounds that cross": (np.eye(2), [1.0, 1.0], [0.0, 0.0, 1.0], [INF, 1.0, 0.0], "PRIMAL_INFEASIBLE"),
+    "unbounded linear": (0 * np.eye(2), [-1.0, 0.0], [-INF, 0.0, 0.0], [INF, INF, 1.0], "DUAL_INFEASIBLE"),
+    "unbounded quadratic": (np.diag([1.0, 0.0]), [1.0, -1.0], [-INF] * 3, [INF, 1.0, INF], "DUAL_INFEASIBLE"),
+    "dependent equalities": (np.eye(2), [1.0, 1.0], [1.0, 0.5, 0.5], [1.0, 0.5, 0.5], "CONVERGED"),
+    "unbounded set, bounded program": (0 * np.eye(2), [1.0, 0.0], [0.0, 0.0, 0.0], [INF, INF, 1.0], "CONVERGED"),
+    "far away": (1e-3 * np.eye(2), [1.0, 1.0], [2e4, -INF, -INF], [INF, INF, INF], "CONVERGED"),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_a_program_without_a_solution_ends_with_a_certificate(dtype):
+    tol = 1e-8 if dtype == jnp.float64 else 1e-3
+    for name, (P, q, lower, upper, status) in CASES.items():
+        program = QuadraticProgram(P, np.array(q), ROWS, np.array(lower), np.array(upper))
+        solution = solve(program, dtype, tol=tol)
+        assert odl.Status(int(solution.status)).name == status, name
+        assert int(solution.num_steps) < 1000, name
+        assert bool(jnp.isfinite(solution.x.x).all()), name
+
+
+def test_transforms_of_the_iteration_keep_the_verdict():
+    P, q, lower, upper, _ = CASES["contradicting inequalities"]
+    program = QuadraticProgram(P, np.array(q), ROWS, np.array(lower), np.array(upper))
+    walk = odl.quadratic_program(program)
+    T = operators.quadratic_program(program)
+    verdicts = {
+        "krasnoselskii_mann": odl.krasnoselskii_mann(walk, 0.7),
+        "averaged": odl.fixed_point(operators.averaged(T, 0.6)),
+        "anderson": odl.anderson(T, memory=2),
+    }
+    start = start_of(program)
+    for name, iteration in verdicts.items():
+        solution = jax.jit(odl.until_converged(iteration, tol=1e-8, max_steps=2000))(start, None)
+        assert odl.Status(int(solution.status)) is odl.Status.PRIMAL_INFEASIBLE, name
+    unrolled = jax.jit(odl.unrolled(odl.until_converged(walk, tol=1e-8, max_steps=200)))(start, None)
+    assert odl.Status(int(unrolled.status)) is odl.Status.PRIMAL_INFEASIBLE
+    with pytest.raises(RuntimeError, match="PRIMAL_INFEASIBLE: the constraints contradict each other"):
+        odl.check(unrolled)
+
+
+def test_a_batch_has_a_verdict_for_each_element():
+    stacked = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves),
+        *(
+            QuadraticProgram(jnp.asarray(P), jnp.array(q), jnp.asarray(ROWS), jnp.array(lower), jnp.array(upper))
+            for P, q, lower, upper, _ in CASES.values()
+        ),
+    )
+    start = QPVariables.zeros(2, 3)
+    stopping = odl.until_converged(odl.quadratic_program(given), tol=1e-8, max_steps=1000)
+    solutions = jax.jit(jax.vmap(lambda program: stopping(start, program)))(stacked)
+    assert [odl.Status(int(code)).name for code in solutions.status] == [case[-1] for case in CASES.values()]
+
+
+def test_statuses_are_sorted_by_severity_and_each_has_a_message():
+    codes = [odl.Status.DIVERGED, odl.Status.PRIMAL_INFEASIBLE, odl.Status.DUAL_INFEASIBLE, odl.Status.NON_FINITE]
+    assert codes == sorted(codes)
+    assert list(odl.STATUS_MESSAGES) == sorted(odl.Status)
+
+
+def test_nan_comes_out():
+    for part in QuadraticProgram._fields:
+        bad = PROGRAM._replace(**{part: getattr(PROGRAM, part).at[-1].set(jnp.nan)})
+        solution = solver()(START, bad)
+        assert odl.Status(int(solution.status)) is odl.Status.NON_FINITE, part
+        assert any(bool(jnp.isnan(leaf).any()) for leaf in solution.x), part
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+
+WEIGHTS = random_point(9)
+
+
+def weighted(u):
+    return sum(jnp.vdot(a, b) for a, b in zip(WEIGHTS, u, strict=True))
+
+
+def derivatives_by_hand(outer_gradient):
+    """The differential of the optimality conditions, in closed form; bounds as if both sides of an equality moved.
+
+    With the active rows a, K = [[P, A_a'], [A_a, 0]] and K v = w: dP = -(v_x x' + x v_x')/2, dq = -v_x,
+    dA = -(y v_x' + v_y x'), db = v_y.
+    """
+    P, _, A, lower, upper = map(np.asarray, PROGRAM)
+    u = jax.tree.map(np.asarray, polished_solution())
+    low, high = np.isclose(u.z, lower, atol=1e-12), np.isclose(u.z, upper, atol=1e-12)
+    active = low | high
+    Aa = A[active]
+    system = np.block([[P, Aa.T], [Aa, np.zeros((active.sum(),) * 2)]])
+    # z = A x off the active set, and the bound on it.
+    wx, wz, wy = (np.asarray(part) for part in outer_gradient)
+    adjoint = np.linalg.solve(system, np.r_[wx + A[~active].T @ wz[~active], wy[active]])
+    vx, vy = adjoint[:N], np.zeros(M)
+    vy[active] = adjoint[N:]
+    dA = -(np.outer(u.y, vx) + np.outer(vy, u.x))
+    dA[~active] += np.outer(wz[~active], u.x)
+    bound = vy + np.where(active, wz, 0.0)
+    return -(np.outer(vx, u.x) + np.outer(u.x, vx)) / 2, -vx, dA, np.where(low, bound, 0), np.where(high, bound, 0)
+
+
+@functools.cache
+def polished_solution():
+    return polish(solve(PROGRAM).x, PROGRAM)
+
+
+@functools.cache
+def derivatives_by_polish(outer):
+    u = solve(PROGRAM).x
+    return jax.jit(jax.grad(lambda theta: outer(polish(jax.lax.stop_gradient(u), theta))))(PROGRAM)
+
+
+def rules():
+    adaptive, fixed = odl.quadratic_program(given), odl.quadratic_program(given, penalty=3.0, adapt_every=None)
+    stopping = lambda walk: odl.until_converged(walk, tol=1e-12, max_steps=2000)
+    return {
+        "implicit": lambda theta: odl.implicit(stopping(adaptive))(START, theta).x,
+        "unrolled": lambda theta: odl.unrolled(odl.for_steps(fixed, 250))(START, theta).x,
+        "unrolled, adaptive": lambda theta: odl.unrolled(odl.for_steps(adaptive, 250))(START, theta).x,
+        "polish": lambda theta: polish(jax.lax.stop_gradient(stopping(fixed)(START, theta).x), theta),
+    }
+
+
+@pytest.mark.parametrize("rule", ["implicit", "unrolled", "unrolled, adaptive", "polish"])
+def test_derivatives_in_all_data_against_the_closed_form(rule):
+    u = polished_solution()
+    active = np.isclose(u.z, PROGRAM.lower, atol=1e-12) | np.isclose(u.z, PROGRAM.upper, atol=1e-12)
+    assert 2 <= active.sum() < min(N, M)
+    assert np.abs(np.asarray(u.y)[active]).min() > 0.1  # strictly complementary
+    want = derivatives_by_hand(WEIGHTS)
+    loss = lambda theta: weighted(rules()[rule](theta))
+    rng = np.random.default_rng(1)
+    along = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), PROGRAM)
+    along = along._replace(upper=along.upper.at[0].set(along.lower[0]))  # an equality stays one
+    both = jax.jit(lambda theta: (jax.grad(loss)(theta), jax.jvp(loss, (theta,), (along,))[1]))
+    reverse, forward = both(PROGRAM)
+    for name, got, wanted in zip(PROGRAM._fields, reverse, want, strict=True):
+        rows = slice(EQUALITIES, None) if name in ("lower", "upper") else slice(None)
+        np.testing.assert_allclose(np.asarray(got)[rows], wanted[rows], rtol=0, atol=1e-9, err_msg=name)
+    # Of an equality only the sum counts: both of its bounds move.
+    np.testing.assert_allclose(reverse.lower[0] + reverse.upper[0], want[3][0], rtol=0, atol=1e-9)
+    whole = sum(np.vdot(a, b) for a, b in zip(along[:3], want[:3], strict=True))
+    whole += np.asarray(along.lower)[0] * want[3][0]
+    whole += sum(np.vdot(a[1:], b[1:]) for a, b in zip(map(np.asarray, along[3:]), want[3:], strict=True))
+    np.testing.assert_allclose(forward, whole, rtol=0, atol=1e-8)
+
+
+def test_derivatives_in_all_data_against_finite_differences():
+    gradient = derivatives_by_polish(weighted)
+
+    @jax.jit
+    def value(theta):
+        return weighted(polish(solver()(START, theta).x, theta))
+
+    rng = np.random.default_rng(2)
+    for name in PROGRAM._fields:
+        along = jnp.asarray(rng.standard_normal(getattr(PROGRAM, name).shape))
+        move = {name: along} if name not in ("lower", "upper") else {name: along.at[0].set(0.0)}
+        slope = sum(jnp.vdot(getattr(gradient, key), part) for key, part in move.items())
+        ends = [
+            value(PROGRAM._replace(**{key: getattr(PROGRAM, key) + sign * 1e-5 * part for key, part in move.items()}))
+            for sign in (1, -1)
+        ]
+        np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-5, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_second_derivatives():
+    """The Hessian of the solution in q, through implicit reverse mode and forward over it, is that of the polish."""
+    stopping = derived(odl.quadratic_program(given))
+    u = solve(PROGRAM).x
+    along = jnp.asarray(np.random.default_rng(3).standard_normal((N, N)))
+
+    def curved(read):
+        loss = lambda P: jnp.sum(jnp.sin(read(PROGRAM._replace(P=P)).x))
+        return jax.jit(lambda P: jax.jvp(jax.grad(loss), (P,), (along,))[1])(PROGRAM.P)
+
+    got = curved(lambda theta: stopping(START, theta).x)
+    want = curved(lambda theta: polish(jax.lax.stop_gradient(u), theta))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-8)
+
+
+def test_at_a_weakly_active_constraint_the_derivative_is_that_of_the_active_side():
+    """min (x - t)^2 / 2 over x <= 1 at t = 1: the multiplier vanishes, and x = min(t, 1) has a kink."""
+    program = lambda t: QuadraticProgram(jnp.eye(1), -t[None], jnp.eye(1), jnp.array([-INF]), jnp.array([1.0]))
+    stopping = derived(odl.quadratic_program(program, adapt_every=None), tol=1e-13)
+    at = QPVariables(jnp.ones(1), jnp.ones(1), jnp.zeros(1))
+    slope = jax.jit(jax.grad(lambda t: stopping(at, t).x.x[0]))
+    np.testing.assert_allclose(slope(jnp.array(1.0)), 0.0, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(slope(jnp.array(0.5)), 1.0, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(slope(jnp.array(1.5)), 0.0, rtol=0, atol=1e-9)
+
+
+# ---- equalities alone ------------------------------------------------------------------------------------------------
+
+
+def test_equalities_alone_against_the_full_system():
+    P, q, A, b = PROGRAM.P, PROGRAM.q, PROGRAM.A[:2], PROGRAM.lower[:2]
+    system = np.block([[np.asarray(P), np.asarray(A).T], [np.asarray(A), np.zeros((2, 2))]])
+    want = np.linalg.solve(system, np.r_[-np.asarray(q), np.asarray(b)])
+    dense = operators.equality_quadratic_program(P, q, A, b)
+    np.testing.assert_allclose(jnp.concatenate([dense.x, dense.y]), want, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(dense.z, b)
+
+    def by_products(P, q, A, b):
+        return operators.equality_quadratic_program(lambda v: P @ v, q, lambda v: A @ v, b)
+
+    def loss(solve):
+        return jax.jit(jax.grad(lambda *data: jnp.sum(jnp.sin(solve(*data).x)), argnums=(0, 1, 2, 3)))(P, q, A, b)
+
+    reference = loss(operators.equality_quadratic_program)
+    for name, got, wanted in zip("PqAb", loss(by_products), reference, strict=True):
+        got = (got + got.T) / 2 if name == "P" else got
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-9, err_msg=name)
+    value = lambda q: jnp.sum(jnp.sin(operators.equality_quadratic_program(P, q, A, b).x))
+    along = jnp.asarray(np.random.default_rng(4).standard_normal(N))
+    numeric = (value(q + 1e-5 * along) - value(q - 1e-5 * along)) / 2e-5
+    np.testing.assert_allclose(jnp.vdot(reference[1], along), numeric, rtol=0, atol=1e-8)
+
+
+def test_dependent_constraints_pass_the_polish():
+    program = QuadraticProgram(
+        np.eye(2), np.ones(2), np.array([[1.0, 1.0], [2.0, 2.0]]), np.r_[1.0, 2.0], np.r_[1.0, 2.0]
+    )
+    rough = QPVariables(jnp.array([0.4, 0.6]), jnp.array([1.0, 2.0]), jnp.array([-0.3, -0.6]))
+    polished = polish(rough, program)
+    np.testing.assert_allclose(polished.x, [0.5, 0.5], rtol=0, atol=1e-12)
+    assert violation(program, polished) < 1e-12
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def computations(text):
+    """The names of the computations of a compiled program in which a decomposition is called."""
+    inside, found = "", []
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            inside = line.split(" ")[0]
+        if "potrf" in line or "syevd" in line:
+            found.append(inside)
+    return found
+
+
+@pytest.mark.usefixtures("optimised")
+def test_the_loop_factors_the_matrix_once():
+    """The compiler takes what does not change out of the loop: the factors are computed before it."""
+    stopping = odl.until_converged(odl.quadratic_program(given), tol=1e-8, max_steps=100)
+    text = jax.jit(lambda theta: stopping(START, theta).x).lower(PROGRAM).compile().as_text()
+    found = computations(text)
+    assert found
+    assert set(found) == {"ENTRY"}
+
+
+def test_a_solver_without_a_certificate_pays_nothing():
+    calls = []
+
+    def certificate(x, move, theta):
+        calls.append(move)
+        return jnp.where(jnp.abs(move) > 0.4, jnp.int32(odl.Status.DUAL_INFEASIBLE), jnp.int32(-1))
+
+    drift = operators.Operator(lambda x, theta: x + theta, certificate=certificate)
+    solution = odl.until_converged(odl.fixed_point(drift), tol=1e-8, max_steps=50)(0.0, 0.5)
+    assert odl.Status(int(solution.status)) is odl.Status.DUAL_INFEASIBLE
+    assert calls
+    assert (
+        int(odl.until_converged(odl.fixed_point(drift), max_steps=50)(0.0, 0.1).status) == odl.Status.STEP_BUDGET_SPENT
+    )
+    plain = operators.Operator(lambda x, theta: x + theta)
+    trace = lambda T: str(jax.make_jaxpr(odl.until_converged(odl.fixed_point(T), max_steps=50))(0.0, 0.5))
+    assert "0.4" in trace(drift)
+    assert len(trace(plain)) < len(trace(drift))
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_users_see_it():
+    """Without the annotation checks of the tests, which would speak first."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+SMALL = QuadraticProgram(np.eye(2), np.zeros(2), np.ones((3, 2)), np.zeros(3), np.ones(3))
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("build", [operators.quadratic_program, odl.quadratic_program])
+@pytest.mark.parametrize(
+    ("program", "options", "message"),
+    [
+        (3.0, {}, r"program must be a QuadraticProgram; a float came. Pass QuadraticProgram\(P, q, A, lower, upper\)"),
+        (lambda: SMALL, {}, "program must be a function of"),
+        (SMALL._replace(P=np.ones((2, 3))), {}, r"P must be \[n, n\]; came P \[2, 3\], q \[2\], A \[3, 2\]"),
+        (SMALL._replace(A=np.ones((2, 3))), {}, r"A must be \[m, n\]; came .* A \[2, 3\], .* Reshape A to \[3, 2\]"),
+        (SMALL._replace(upper=np.ones(2)), {}, r"upper must be \[m\]; came .* upper \[2\]"),
+        (SMALL._replace(q=1.0), {}, r"q must be \[n\]; came .* q \[\]"),
+        (SMALL._replace(lower=np.array([0.0, 2.0, 0.0])), {}, r"lower must not exceed upper; at row 1 they are 2\.0"),
+        (SMALL, {"penalty": 0.0}, "penalty must lie in"),
+        (SMALL, {"regularization": -1.0}, "regularization must lie in"),
+        (SMALL, {"relaxation": 2.0}, "relaxation must lie in"),
+        (SMALL, {"linear_solver": "cg"}, "linear_solver must be a LinearSolver"),
+        (SMALL, {"infeasibility_tol": 0.0}, "infeasibility_tol must lie in"),
+    ],
+)
+def test_messages(build, program, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        build(program, **options)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_messages_at_trace_time():
+    T = operators.quadratic_program(SMALL)
+    with pytest.raises(
+        TypeError, match=r"x must be a QPVariables; .* Start from odl.operators.QPVariables.zeros\(n, m\)"
+    ):
+        T(jnp.zeros(2), None)
+    with pytest.raises(TypeError, match=r"x\.y must have the shape \(3,\) of the program; float64\[2\] came"):
+        T(QPVariables(jnp.zeros(2), jnp.zeros(3), jnp.zeros(2)), None)
+    with pytest.raises(TypeError, match="A must keep the shapes and dtypes of z"):
+        operators.quadratic_program(SMALL._replace(A=lambda v: v))(QPVariables.zeros(2, 3), None)
+    with pytest.raises(ValueError, match="adapt_every must be a whole number of at least 1; 0 came"):
+        odl.quadratic_program(SMALL, adapt_every=0)
+    products = SMALL._replace(A=lambda v: jnp.ones((3, 2)) @ v)
+    with pytest.raises(TypeError, match="polish_quadratic_program: needs P and A as arrays; a function came"):
+        operators.polish_quadratic_program(products)(QPVariables.zeros(2, 3), None)
+    with pytest.raises(TypeError, match="equilibrate_quadratic_program: needs P and A as arrays; a function came"):
+        operators.equilibrate_quadratic_program(products)[0](None)
+    with pytest.raises(TypeError, match=r"equality_quadratic_program: A must be \[m, n\]"):
+        operators.equality_quadratic_program(np.eye(2), np.zeros(2), np.ones((1, 3)), np.ones(1))
+    with pytest.raises(TypeError, match="cg needs a positive-definite matrix; that of the optimality conditions"):
+        operators.equality_quadratic_program(
+            np.eye(2), np.zeros(2), np.ones((1, 2)), np.ones(1), linear_solver=odl.linear.cg()
+        )
