@@ -74,10 +74,15 @@ class Row:
     feasible: Callable = lambda x, parameter: x  # the projection onto the domain of h, for x [..., 2, N]
     convex: bool = True  # whether h is convex: the operator is then firmly non-expansive and has a Moreau identity
     leafwise: bool = True  # whether the leaves of a tree do not know each other
+    full: Callable = lambda parameter: parameter  # the parameter with what is static: k, groups
+    lengths: str = ""  # why it does not take rows of any length
     name: str = ""
 
     def __str__(self):
         return self.name or self.prox.__name__
+
+    def operator(self, v, parameter, step):
+        return self.prox(v, self.full(parameter), step)
 
 
 BASIC = [

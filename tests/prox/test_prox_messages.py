@@ -16,9 +16,9 @@ V = {"w": np.ones((2, 3)), "b": np.ones(3)}
         (
             lambda: prox.l1(jnp.arange(3), 0.1),
             TypeError,
-            r"needs real floating-point leaves in v; v is int64\[3\]; conv",
+            r"needs real or complex floating-point leaves in v; v is int64\[3\]; conv",
         ),
-        (lambda: prox.l1({"w": [jnp.ones(2, complex)]}, 0.1), TypeError, r"v\['w'\]\[0\] is complex128\[2\]"),
+        (lambda: prox.simplex({"w": [jnp.ones(2, complex)]}), TypeError, r"v\['w'\]\[0\] is complex128\[2\]"),
         (lambda: prox.identity(3), TypeError, r"v is int64\[\]"),
         (lambda: prox.l1(V, -0.1), ValueError, r"prox.l1 needs lam\['b'\] >= 0; it is -0.1; .*: pass >= 0"),
         (lambda: prox.l1(V, 0.1, -1), ValueError, r"needs step_size\['b'\] >= 0; it is -1"),
@@ -58,6 +58,31 @@ V = {"w": np.ones((2, 3)), "b": np.ones(3)}
         (lambda: prox.box(V, (None, 1.0)), ValueError, "needs lower to be a scalar"),
         (lambda: prox.box(V, (2.0, 1.0)), ValueError, "needs lower <= upper; they are 2.0 and 1.0; exchange them"),
         (lambda: prox.box(V, (0.0, {"w": 1.0, "b": -1.0})), ValueError, "they are 0.0 and -1.0"),
+        (lambda: prox.top_k(V["b"], 0), ValueError, "prox.top_k: k must be a whole number of at least 1; 0 came"),
+        (lambda: jax.jit(prox.top_k)(V["b"], 2), TypeError, "prox.top_k: k fixes the program and must be a Python int"),
+        (
+            lambda: prox.k_largest(V["b"], 1.0),
+            ValueError,
+            r"prox.k_largest needs parameter = \(lam, k\); it is float64",
+        ),
+        (lambda: prox.huber(V, 1.0), ValueError, r"needs parameter = \(lam, delta\); it is float64\[\]"),
+        (lambda: prox.nuclear(V["w"], jnp.ones(2)), ValueError, r"needs lam that broadcasts to shape \(\)"),
+        (lambda: prox.slope(V["b"], jnp.ones(2)), ValueError, r"needs weights that broadcasts to shape \(3,\)"),
+        (
+            lambda: prox.overlapping_group_lasso(V["b"], (1.0, [[0, 3]])),
+            ValueError,
+            "indices below the length of the rows; v has 3 entries a row and a group holds 3",
+        ),
+        (
+            lambda: prox.overlapping_group_lasso(V["b"], (1.0, [[0, 0]])),
+            ValueError,
+            r"distinct indices .* \[0, 0\] came",
+        ),
+        (
+            lambda: prox.overlapping_group_lasso(V["b"], (1.0, [np.array([0.5])])),
+            TypeError,
+            "groups of integers that are known",
+        ),
         (lambda: prox.box(V["b"], (np.zeros(2), np.ones(3))), ValueError, r"lower that broadcasts to shape \(3,\)"),
     ],
 )

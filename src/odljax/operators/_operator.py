@@ -32,7 +32,7 @@ class Operator(Generic[X, Theta]):
             ADMM and network maps.
         readout: ``(x, theta) -> answer``, where x is not itself what the user wants: the governing sequence of
             Douglas-Rachford, primal and dual variables together. None: the answer is x. Call it through ``answer``.
-        certificate: ``(x, displacement, theta) -> code``, an integer array: a code of ``odl.Status`` if the displacement
+        certificate: ``(x, displacement, theta) -> code``, a whole number: a code of ``odl.Status`` if the displacement
             ``x - T(x, theta)`` proves that there is no fixed point, else -1. (The displacements of a non-expansive map
             without a fixed point converge to one vector.) ``until_converged`` asks it. None: nothing is asked.
         name: what messages call it.

@@ -17,22 +17,31 @@ STATIC = int | float | np.generic | np.ndarray  # values that are known without 
 
 
 def leafwise(
-    who: str, rule: Callable[..., Array], v: PyTree, *, rows: bool = False, signed: bool = False, **coefficients: PyTree
+    who: str,
+    rule: Callable[..., Array],
+    v: PyTree,
+    *,
+    rows: bool = False,
+    signed: bool = False,
+    or_complex: bool = False,
+    **coefficients: PyTree,
 ) -> PyTree:
     """Return `rule(x, *coefficients)` for every leaf x of v, computed in float32 at least, in the dtype of the leaf.
 
     A coefficient is a tree prefix of v. It must broadcast to the leaf, and must not be negative unless `signed`.
     With `rows`, rule works along the last axis (a 0-d leaf is a row of one) and each row has one coefficient.
+    Complex leaves are refused unless `or_complex`; coefficients are real in any case.
     """
-    entries, structure = flatten(who, v)
+    entries, structure = flatten(who, v, or_complex=or_complex)
     columns = [spread(who, name, value, v) for name, value in coefficients.items()]
     results = []
     for (path, leaf), *values in zip(entries, *columns, strict=True):
         dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
-        x = jnp.asarray(leaf, widest(dtype))
+        real = widest(jnp.finfo(dtype).dtype)
+        x = widened(leaf, real)
         x = jnp.atleast_1d(x) if rows else x
         fitted = [
-            fit(who, name + jax.tree_util.keystr(path), value, x.dtype, x.shape[:-1] if rows else shape, signed=signed)
+            fit(who, name + jax.tree_util.keystr(path), value, real, x.shape[:-1] if rows else shape, signed=signed)
             for name, value in zip(coefficients, values, strict=True)
         ]
         fitted = [c[..., None] if rows and c.ndim else c for c in fitted]
@@ -40,13 +49,14 @@ def leafwise(
     return jax.tree.unflatten(structure, results)
 
 
-def flatten(who: str, v: PyTree) -> tuple[list[tuple[Any, Any]], Any]:
-    """Return (path, leaf) pairs and the structure of v, whose leaves must be real floating-point arrays."""
+def flatten(who: str, v: PyTree, *, or_complex: bool = False) -> tuple[list[tuple[Any, Any]], Any]:
+    """Return (path, leaf) pairs and the structure of v, whose leaves must be arrays of real (or complex) numbers."""
     entries, structure = jax.tree_util.tree_flatten_with_path(v)
+    kind, wanted = (jnp.inexact, "real or complex") if or_complex else (jnp.floating, "real")
     for path, leaf in entries:
-        if not _is_array(leaf, jnp.floating):
+        if not _is_array(leaf, kind):
             raise TypeError(
-                f"{who} needs real floating-point leaves in v; v{jax.tree_util.keystr(path)} is {_describe(leaf)}; "
+                f"{who} needs {wanted} floating-point leaves in v; v{jax.tree_util.keystr(path)} is {describe(leaf)}; "
                 "convert it, for example with x.astype(float)."
             )
     return entries, structure
@@ -55,7 +65,7 @@ def flatten(who: str, v: PyTree) -> tuple[list[tuple[Any, Any]], Any]:
 def fit(who: str, name: str, value: Any, dtype: Any, shape: tuple[int, ...], *, signed: bool = False) -> Array:
     """Return a coefficient in `dtype`: a scalar as it is, an array, which must broadcast to `shape`, at its rank."""
     if not (_is_array(value, jnp.floating) or _is_array(value, jnp.integer)):
-        raise TypeError(f"{who} needs a real number or array for {name}; it is {_describe(value)}; pass a float.")
+        raise TypeError(f"{who} needs a real number or array for {name}; it is {describe(value)}; pass a float.")
     if not signed and isinstance(value, STATIC) and np.any(np.asarray(value) < 0):
         raise ValueError(
             f"{who} needs {name} >= 0; it is {value}; a negative one defines no proximal operator: pass >= 0."
@@ -67,7 +77,7 @@ def fit(who: str, name: str, value: Any, dtype: Any, shape: tuple[int, ...], *, 
         fits = False
     if not fits:
         raise ValueError(
-            f"{who} needs {name} that broadcasts to shape {shape}; it is {_describe(value)}; "
+            f"{who} needs {name} that broadcasts to shape {shape}; it is {describe(value)}; "
             "pass a scalar, an array of that shape, or a tree of these that is a prefix of v."
         )
     return value.reshape((1,) * (len(shape) - value.ndim) + value.shape) if value.ndim else value
@@ -77,10 +87,15 @@ def pair(who: str, names: str, parameter: Any) -> tuple[Any, Any]:
     """Return the two members of a parameter that must be a pair."""
     if not (isinstance(parameter, tuple | list) and len(parameter) == 2):
         raise ValueError(
-            f"{who} needs parameter = {names}; it is {_describe(parameter)}; pass a tuple of two, each of them "
+            f"{who} needs parameter = {names}; it is {describe(parameter)}; pass a tuple of two, each of them "
             "a number, an array or a tree prefix of v."
         )
     return parameter[0], parameter[1]
+
+
+def widened(leaf: Any, real: Any) -> Array:
+    """Return the leaf in the dtype `real`, or in the complex dtype of that precision."""
+    return jnp.asarray(leaf, np.result_type(real, np.complex64) if jnp.iscomplexobj(leaf) else real)
 
 
 def widest(*dtypes: Any) -> Any:
@@ -95,9 +110,27 @@ def norm(xs: Sequence[Array], axis: int | None = None) -> Array:
     peaks = [jnp.max(jnp.abs(x), axis=axis, keepdims=keep, initial=0) for x in held]
     peak = functools.reduce(jnp.maximum, peaks)
     unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
-    square = sum(jnp.sum(jnp.square(x / unit), axis=axis, keepdims=keep) for x in xs)
+    square = sum(jnp.sum(_squared_modulus(x / unit.astype(x.dtype)), axis=axis, keepdims=keep) for x in xs)
     zero = square == 0
     return unit * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
+
+
+def shrink_length(x: Array, length: Array, threshold: Array) -> Array:
+    """Return x with its length shortened by threshold, 0 where it is shorter; at length 0 = threshold it is x."""
+    gone = length < threshold
+    ratio = jnp.where(gone, 1, threshold) / jnp.where(gone | (length == 0), 1, length)
+    return x * (1 - ratio).astype(x.dtype)
+
+
+def modulus(x: Array) -> Array:
+    """Return |x| entry by entry: derivative 0 at 0, and no overflow, for complex numbers too."""
+    if not jnp.iscomplexobj(x):
+        return jnp.abs(x)
+    return norm([x[..., None]], axis=-1)[..., 0]
+
+
+def _squared_modulus(x: Array) -> Array:
+    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
 def spread(who: str, name: str, value: PyTree, v: PyTree) -> list[Any]:
@@ -115,7 +148,7 @@ def _is_array(leaf: Any, kind: Any) -> bool:
     return isinstance(leaf, ARRAYS) and jnp.issubdtype(jnp.result_type(leaf), kind)
 
 
-def _describe(leaf: Any) -> str:
+def describe(leaf: Any) -> str:
     if isinstance(leaf, ARRAYS):
         return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
     return f"a {type(leaf).__name__}" + (f" of length {len(leaf)}" if isinstance(leaf, tuple | list) else "")
