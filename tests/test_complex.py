@@ -153,6 +153,17 @@ def objective_single(x, theta):
     return 0.5 * squared(A.astype(jnp.complex64) @ x - B.astype(jnp.complex64))
 
 
+@pytest.mark.parametrize("linear_solver", [odl.linear.gmres(), odl.linear.bicgstab(), odl.linear.dense()], ids=str)
+def test_a_slow_rotation_is_a_system_of_two_unknowns(linear_solver):
+    turn = 0.999 * np.exp(0.05j)
+    solver = odl.implicit(
+        odl.until_converged(odl.fixed_point(lambda x, theta: turn * x + theta), tol=1e-9), linear_solver
+    )
+    start = jnp.asarray([1 / (1 - turn)])
+    slope = jax.grad(lambda theta: jnp.sum(solver(start, theta.astype(complex)).x.imag))(jnp.ones(()))
+    np.testing.assert_allclose(slope, (1 / (1 - turn)).imag, rtol=1e-9)
+
+
 def test_the_expansion_of_a_complex_operator():
     probe = odl.diagnostics.expansion(odl.operators.gradient(objective, STEP), X0, THETA, num_steps=400)
     sizes = np.linalg.eigvalsh(np.asarray(A.conj().T @ A)) + np.exp(0.3)
@@ -192,6 +203,20 @@ def test_where_the_method_knows_real_numbers_only_complex_ones_are_refused():
     undo = odl.hypergradients.reversible(lambda x, theta: squared(x - theta), outer, num_steps=3, step_size=0.1)
     with pytest.raises(TypeError, match="reversible: x0 must be real"):
         undo.init(THETA, X0)
+    squares = lambda prediction, theta: jnp.sum(prediction.real**2)
+    for operator, x in (
+        (odl.operators.coordinate_descent(squares, jnp.eye(N)), X0),
+        (odl.operators.entropic(lambda x, theta: squared(x), 0.1), X0),
+        (odl.operators.box_quadratic_program(jnp.eye(N), jnp.ones(N), jnp.zeros(N), jnp.ones(N)), X0),
+        (
+            odl.operators.quadratic_program(
+                odl.operators.QuadraticProgram(jnp.eye(N), jnp.ones(N), jnp.eye(N), jnp.zeros(N), jnp.ones(N))
+            ),
+            odl.operators.QPVariables(X0, X0, X0),
+        ),
+    ):
+        with pytest.raises(TypeError, match=f"{operator.name}: x must be real floating point"):
+            operator(x, THETA)
     hyper = odl.hypergradients.through(odl.implicit(odl.for_steps(odl.gradient_descent(objective, STEP), 3)), outer)
     with pytest.raises(TypeError, match="through: theta is differentiated and must be real"):
         hyper.init(X0, X0)

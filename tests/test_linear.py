@@ -735,3 +735,30 @@ def test_neumann_says_that_it_does_not_converge():
     assert (Status(int(info.status)), int(info.num_steps), float(np.abs(v).max())) == (Status.CONVERGED, 0, 0.0)
     with pytest.raises(ValueError, match=r"neumann: tol must lie in \(0, inf\); 0.0 came"):
         linear.neumann(3, 0.0)
+
+
+def test_a_preconditioner_may_close_over_traced_values():
+    """Data, theta itself, what a loop brings: taken along, without a derivative of its own."""
+
+    def summed(scales, theta):
+        loss = lambda x, theta: 0.5 * jnp.sum(scales * x**2) - jnp.sum(theta * x)
+        inner = odl.until_converged(odl.gradient_descent(loss, 0.15), tol=1e-12, max_steps=500)
+        return jnp.sum(
+            odl.implicit(inner, linear.cg(preconditioner=lambda v: v / (scales * theta)))(jnp.zeros(3), theta).x
+        )
+
+    scales, theta = jnp.asarray([1.0, 2.0, 5.0]), jnp.asarray(2.0)
+    looped = lambda theta: jax.lax.scan(lambda c, row: (c + summed(row, theta), None), 0.0, jnp.stack([scales] * 2))[0]
+    np.testing.assert_allclose(jax.grad(jax.jit(summed), 1)(scales, theta), 1.7, rtol=1e-9)
+    np.testing.assert_allclose(jax.grad(summed, 0)(scales, theta), -2.0 / scales**2, rtol=1e-9)
+    np.testing.assert_allclose(jax.grad(looped)(theta), 3.4, rtol=1e-9)
+    np.testing.assert_allclose(jax.jvp(summed, (scales, theta), (0 * scales, theta / 2))[1], 1.7, rtol=1e-9)
+
+
+@pytest.mark.parametrize("derivative", [odl.implicit, odl.one_step])
+def test_reverse_over_forward_mode_where_theta_moves_one_leaf(derivative):
+    loss = lambda x, theta: 0.5 * (x["a"] - theta) ** 2 + 0.25 * x["a"] ** 4 + 0.5 * (x["b"] - 1.0) ** 2
+    solver = derivative(odl.until_converged(odl.gradient_descent(loss, 0.3), tol=1e-13))
+    value = lambda theta: jnp.sin(solver({"a": 0.0, "b": 0.0}, theta).x["a"])
+    forward_over_reverse = jax.jacfwd(jax.grad(value))(0.7)
+    np.testing.assert_allclose(jax.jit(jax.grad(jax.jacfwd(value)))(0.7), forward_over_reverse, rtol=1e-9)

@@ -531,8 +531,8 @@ def test_the_guide_has_a_row_for_each_public_name():
 
 
 def test_the_names_that_the_guide_gives_exist():
-    for dotted in set(re.findall(r"`odl((?:\.\w+)+)", GUIDE)):
-        value = odl
+    for library, dotted in set(re.findall(r"\b(odl|optax|optimistix)((?:\.\w+)+)", GUIDE)):
+        value = {"odl": odl, "optax": optax, "optimistix": optimistix}[library]
         for part in dotted[1:].split("."):
             value = getattr(value, part)
 

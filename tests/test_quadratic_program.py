@@ -322,6 +322,32 @@ def test_a_program_without_a_solution_ends_with_a_certificate(dtype):
         assert bool(jnp.isfinite(solution.x.x).all()), name
 
 
+def test_far_away_is_not_nowhere():
+    """min x^2 / 2 s.t. c x >= 1, and min (c x)^2 / 2 - x: solutions beyond the reach of a proof in absolute numbers."""
+    for dtype, c in ((jnp.float32, 1e-4), (jnp.float64, 1e-7)):
+        far = QuadraticProgram(np.eye(1), np.zeros(1), np.full((1, 1), c), np.ones(1), np.full(1, INF))
+        flat = QuadraticProgram(np.full((1, 1), c**2), -np.ones(1), np.eye(1), np.full(1, -INF), np.full(1, INF))
+        for program in (far, flat):
+            solution = odl.until_converged(odl.quadratic_program(program), tol=1e-9, max_steps=200)
+            status = solution(QPVariables.zeros(1, 1, dtype), None).status
+            assert odl.Status(int(status)) is odl.Status.STEP_BUDGET_SPENT
+
+
+def test_the_polish_of_an_exact_solution_keeps_its_derivative_and_a_rejected_one_shows():
+    q, corners = np.array([-3.0, 0.4, 2.0]), (np.full(3, -0.3), np.full(3, 0.7))
+    scaled = lambda theta: QuadraticProgram(
+        np.diag([1.0, 2.0, 3.0]), q * theta, np.eye(3), *(c * theta for c in corners)
+    )
+    x = np.clip(-q / np.array([1.0, 2.0, 3.0]), *corners)
+    y = np.where((x > corners[0]) & (x < corners[1]), 0.0, -(np.array([1.0, 2.0, 3.0]) * x + q))
+    exact = QPVariables(*map(jnp.asarray, (x, x, y)))
+    polish = operators.polish_quadratic_program(scaled)
+    np.testing.assert_allclose(jax.jacobian(lambda theta: polish(exact, theta).x)(1.0), x, rtol=1e-12)
+    wrong = exact._replace(z=exact.z.at[1].set(-0.31))  # its second constraint seems to be active
+    assert np.array_equal(polish(wrong, 1.0).x, x)
+    assert np.isnan(jax.jacobian(lambda theta: polish(wrong, theta).x)(1.0)).all()
+
+
 def test_transforms_of_the_iteration_keep_the_verdict():
     P, q, lower, upper, _ = CASES["contradicting inequalities"]
     program = QuadraticProgram(P, np.array(q), ROWS, np.array(lower), np.array(upper))

@@ -65,6 +65,11 @@ def conjugate(x: T) -> T:
     return jax.tree.map(lambda leaf: jnp.conj(leaf) if jnp.iscomplexobj(leaf) else leaf, x)
 
 
+def real_size(x: object) -> int:
+    """How many real numbers the leaves hold; a complex one is two."""
+    return sum(leaf.size * (2 if jnp.iscomplexobj(leaf) else 1) for leaf in jax.tree.leaves(x))
+
+
 def is_complex(x: object) -> bool:
     """Whether a leaf is complex."""
     return any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x))

@@ -62,6 +62,8 @@ class LinearSolver:
             tolerance, whether the budget was spent, a lower bound of ``||A||`` or 0).
         name: what messages call it.
         symmetric: whether it is right only for symmetric positive-definite matrices.
+        preconditioner: the function ``v -> M^-1 v`` that it was given, if it was given one.
+        preconditioned: the same solver with another such function; None where it takes none.
 
     Example:
         >>> import jax.numpy as jnp, odljax as odl
@@ -73,6 +75,8 @@ class LinearSolver:
     run: Callable[[MatVec, Any, Any], tuple[Any, Array, Any]]
     name: str
     symmetric: bool = False
+    preconditioner: MatVec | None = None
+    preconditioned: Callable[[MatVec], LinearSolver] | None = None
 
     def __call__(self, matvec: MatVec, b: Any, guess: Any = None) -> tuple[Any, LinearInfo]:
         v, num_steps, tolerance = self.run(matvec, b, guess)
@@ -126,6 +130,14 @@ def _checked_preconditioner(who: str, preconditioner: Preconditioner | MatVec | 
         is_callable(who, "preconditioner", preconditioner, "v")
 
 
+def _function_of(preconditioner: Preconditioner | MatVec | None) -> MatVec | None:
+    return None if isinstance(preconditioner, Preconditioner) else preconditioner
+
+
+def _with(constructor: Callable[..., LinearSolver], preconditioner: MatVec, **options: Any) -> LinearSolver:
+    return constructor(preconditioner=preconditioner, **options)
+
+
 def _preconditioned(preconditioner: Preconditioner | MatVec | None, matvec: MatVec, b: Any) -> tuple[MatVec, int]:
     """``v -> M^-1 v``, the identity for None, and the products with A that building it took."""
     if preconditioner is None:
@@ -142,12 +154,15 @@ def differentiable_solve(
     """``solve(matvec, b)`` with the derivatives of a linear system, whichever leaves a tangent or cotangent reaches.
 
     With ``has_aux`` it returns ``(v, aux)``, and aux carries no derivative. The barriers make symbolic zeros real:
-    ``custom_linear_solve`` wants all leaves of b and v, or none.
+    ``custom_linear_solve`` wants all leaves of b, of v and of the products' derivatives, or none.
     """
     b = jax.lax.optimization_barrier(b)
+    product = matvec
+    if len(jax.tree.leaves(b)) > 1:
+        product = lambda v: jax.lax.optimization_barrier(matvec(v))  # noqa: E731
     # JAX transposes without conjugation, so the transpose of a self-adjoint map of complex numbers is another map.
     symmetric = symmetric and not _tree.is_complex(b)
-    solved = jax.lax.custom_linear_solve(matvec, b, solve, solve, symmetric=symmetric, has_aux=has_aux)
+    solved = jax.lax.custom_linear_solve(product, b, solve, solve, symmetric=symmetric, has_aux=has_aux)
     return (jax.lax.optimization_barrier(solved[0]), solved[1]) if has_aux else jax.lax.optimization_barrier(solved)
 
 
@@ -194,7 +209,7 @@ def cg(
         tol: on ``||b - A v|| / ||b||``; default 1e-12 in float64, 1e-6 in float32.
         max_steps: at least 1; default ten times the number of unknowns, and 100 at least.
         preconditioner: ``v -> M^-1 v`` with M symmetric positive definite, or a ``Preconditioner`` that builds it;
-            None: the identity. It may close over numbers and concrete arrays, but over no tracer of an outer transform.
+            None: the identity. It may close over traced values, which have no derivative there.
 
     Raises:
         ValueError: a tolerance that is not positive, a step budget below 1.
@@ -219,7 +234,7 @@ def cg(
 
     def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
         limit = limit_of(b)
-        budget = max_steps or max(100, 10 * sum(leaf.size for leaf in jax.tree.leaves(b)))
+        budget = max_steps or max(100, 10 * _tree.real_size(b))
         precondition, products = _preconditioned(preconditioner, matvec, b)
         v, r = _start(matvec, b, guess)
         target = limit**2 * _tree.vdot(b, b)
@@ -251,7 +266,8 @@ def cg(
         v, _, _, rr, rz, k, broken, _, stretch = jax.lax.while_loop(running, body, start)
         return _nan_unless(jnp.isfinite(rr + rz), v), k + products, (limit, (k >= budget) & ~broken, stretch)
 
-    return LinearSolver(run, "cg", symmetric=True)
+    given = _function_of(preconditioner)
+    return LinearSolver(run, "cg", True, given, partial(_with, cg, tol=tol, max_steps=max_steps))
 
 
 def bicgstab(
@@ -267,7 +283,7 @@ def bicgstab(
         preconditioner: ``v -> M^-1 v``, or a ``Preconditioner`` that builds it; None: the identity. It acts from the
             right, :math:`A M^{-1} u = b`, so the residual is that of A. The transposed (adjoint) system gets the same
             M, not its transpose: a preconditioner that is far from symmetric changes the number of steps there, never
-            the answer. It may close over numbers and concrete arrays, but over no tracer of an outer transform.
+            the answer. It may close over traced values, which have no derivative there.
 
     Raises:
         ValueError: a tolerance that is not positive, a step budget below 1.
@@ -325,7 +341,8 @@ def bicgstab(
         spent = (k >= max_steps) & ~broken
         return _nan_unless(jnp.isfinite(_tree.norm(r)), v), k + products, (limit, spent, stretch)
 
-    return LinearSolver(run, "bicgstab")
+    given = _function_of(preconditioner)
+    return LinearSolver(run, "bicgstab", False, given, partial(_with, bicgstab, tol=tol, max_steps=max_steps))
 
 
 def gmres(
@@ -349,7 +366,7 @@ def gmres(
         preconditioner: ``v -> M^-1 v``, or a ``Preconditioner`` that builds it; None: the identity. It acts from the
             right, :math:`A M^{-1} u = b`, so the residual is that of A. The transposed (adjoint) system gets the same
             M, not its transpose: a preconditioner that is far from symmetric changes the number of steps there, never
-            the answer. It may close over numbers and concrete arrays, but over no tracer of an outer transform.
+            the answer. It may close over traced values, which have no derivative there.
 
     Raises:
         ValueError: a tolerance that is not positive, a step budget or restart below 1.
@@ -376,7 +393,7 @@ def gmres(
     def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
         limit = limit_of(b)
         precondition, products = _preconditioned(preconditioner, matvec, b)
-        m = min(restart, sum(leaf.size for leaf in jax.tree.leaves(b)))
+        m = min(restart, _tree.real_size(b))
         target = limit * _tree.norm(b)
 
         def combine(coefficients: Array, basis: Any) -> Any:
@@ -443,7 +460,8 @@ def gmres(
         spent = (k >= max_steps) & ~stuck
         return _nan_unless(jnp.isfinite(size + stretch), v), k + products, (limit, spent, stretch)
 
-    return LinearSolver(run, "gmres")
+    options = {"tol": tol, "max_steps": max_steps, "restart": restart}
+    return LinearSolver(run, "gmres", False, _function_of(preconditioner), partial(_with, gmres, **options))
 
 
 def neumann(terms: int, tol: Scalar | None = None) -> LinearSolver:

@@ -105,18 +105,14 @@ def _accumulated(function: Callable[..., Any], operands: tuple[Any, ...]) -> tup
 
 def _basis(leaves: list[Array]) -> list[Array]:
     """One unit tangent a real number in the leaves, along a new leading axis."""
-    total, first, basis = sum(_real_size(leaf) for leaf in leaves), 0, []
+    total, first, basis = _tree.real_size(leaves), 0, []
     for leaf in leaves:
         unit = jnp.eye(total, leaf.size, -first, leaf.dtype)
         if jnp.iscomplexobj(leaf):
             unit = unit + 1j * jnp.eye(total, leaf.size, -first - leaf.size, leaf.dtype)
         basis.append(unit.reshape(total, *leaf.shape))
-        first += _real_size(leaf)
+        first += _tree.real_size(leaf)
     return basis
-
-
-def _real_size(leaf: Array) -> int:
-    return leaf.size * (2 if jnp.iscomplexobj(leaf) else 1)
 
 
 def _combine(columns: Array, tangents: list[Array]) -> Array:

@@ -121,22 +121,31 @@ def one_step(solver: Solver[X, Theta]) -> Solver[X, Theta]:
 def _attach(operator: Operator, linear_solver: LinearSolver, warn: bool, x: Any, theta: Any) -> Any:
     """``x`` with the implicit derivative in theta and in the tracers that the operator closes over."""
     function, captured = hoisted(partial(displacement, operator), x, theta)
-
-    def solve(matvec: Any, b: Any) -> Any:
-        v, info = linear_solver(matvec, b)
-        if warn:
-            _report(info)
-        return v
-
-    def solve_transposable(matvec: Any, b: Any) -> Any:
-        return differentiable_solve(matvec, b, solve, symmetric=linear_solver.symmetric)
+    solver_of, held = _hoisted_solver(linear_solver, x)
 
     def tangent(x: Any, operands: Any, tangents: Any) -> Any:
-        _, moved = jax.jvp(lambda theta, captured: function(x, theta, *captured), operands, tangents)
-        _, matvec = jax.linearize(lambda x: function(x, operands[0], *operands[1]), x)
-        return solve_transposable(matvec, _tree.negative(moved))
+        theta, captured, held = operands
 
-    return moving(x, (theta, captured), tangent)
+        def solve(matvec: Any, b: Any) -> Any:
+            v, info = solver_of(held)(matvec, b)
+            if warn:
+                _report(info)
+            return v
+
+        _, moved = jax.jvp(lambda theta, captured: function(x, theta, *captured), operands[:2], tangents[:2])
+        _, matvec = jax.linearize(lambda x: function(x, theta, *captured), x)
+        return differentiable_solve(matvec, _tree.negative(moved), solve, symmetric=linear_solver.symmetric)
+
+    return moving(x, (theta, captured, held), tangent)
+
+
+def _hoisted_solver(linear_solver: LinearSolver, x: Any) -> tuple[Any, list[Any]]:
+    """The solver as a function of the traced values that its preconditioner closes over, and these values."""
+    if linear_solver.preconditioner is None or linear_solver.preconditioned is None:
+        return lambda held: linear_solver, []
+    renew = linear_solver.preconditioned
+    function, held = hoisted(linear_solver.preconditioner, x)
+    return lambda held: renew(lambda v: function(v, *held)), jax.lax.stop_gradient(held)
 
 
 def _report(info: LinearInfo) -> None:

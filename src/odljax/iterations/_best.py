@@ -41,7 +41,8 @@ def best_so_far(
     a transform around it would walk from the best.
 
     The derivative is that of the iterate that was kept. ``truncated`` sees nothing move where the best came before the
-    steps it looks at.
+    steps it looks at. A walk that overflows after its best is not stopped, and the status does not tell: x is the best
+    all the same, but the derivative through the steps is NaN (zero times infinity); ``implicit`` does not see the walk.
 
     Args:
         iteration: an iteration, an operator, or a function ``(x, theta) -> x``.

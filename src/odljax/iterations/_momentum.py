@@ -60,7 +60,7 @@ def nesterov(
 
     Cost: that of the iteration; one more copy of x; one inner product for the restart.
 
-    Source: Nesterov (1983); Beck and Teboulle (2009); :math:`k/(k+3)`: Chambolle and Dossal (2015), a = 3; restart:
+    Source: Nesterov (1983); Beck and Teboulle (2009); :math:`k/(k+3)`: Su, Boyd and Candes (2016), r = 3; restart:
     O'Donoghue and Candes (2015), the gradient scheme; inertial: Alvarez and Attouch (2001), Mainge (2008).
 
     Example:

@@ -111,7 +111,8 @@ def gauss_newton(
     linear problem. Far from the solution: ``levenberg_marquardt``, or ``line_search`` around this.
 
     The linear solver sees the normal equations, whose condition is that of J squared: in float32 directions lose digits
-    early, which costs steps, but not digits of the answer, whose gradient :math:`J^\top r` is exact.
+    early, which costs steps, but not digits of the answer, whose gradient :math:`J^\top r` is exact. Where J has
+    not full column rank they are singular: damp, or leave it to conjugate gradients; ``dense()`` gives NaN.
 
     Args:
         residual: r, ``(x, theta) -> pytree`` of any shapes.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
-from .._checks import coefficient_of_theta, is_callable, same_as
+from .._checks import as_inner, coefficient_of_theta, is_callable, same_as
 from .._types import Coefficient
 from ._gradient import Objective, value_and_gradient
 from ._operator import Operator
@@ -121,6 +121,7 @@ def entropic(objective: Objective, step_size: Coefficient, scale: Coefficient = 
     total = coefficient_of_theta(who, "scale", scale)
 
     def apply(x: Any, theta: Any) -> Any:
+        x = as_inner(who, "x", x)  # logarithms of distributions: real numbers
         _, slope = value_and_gradient(who, objective, x, theta)
         return jax.tree.map(lambda a, g: _exponentiated(a, g, step(theta), total(theta)), x, slope)
 

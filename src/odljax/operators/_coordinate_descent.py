@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .. import _tree
-from .._checks import coefficient_of_theta, describe, is_callable, same_as, scalar
+from .._checks import as_inner, coefficient_of_theta, describe, is_callable, same_as, scalar
 from .._types import Coefficient, Theta
 from ._gradient import Prox
 from ._operator import Operator
@@ -154,6 +154,7 @@ def _descent(
 
     def sweep(x: Any, theta: Any) -> tuple[Array, Array]:
         """The displacement and the outcome."""
+        x = as_inner(who, "x", x)  # a coordinate's step and its prox are for real numbers
         matrix = _matrix(who, design, x, theta, blocks)
         weight = jnp.asarray(constant(theta)).astype(x.dtype)
         columns = jnp.moveaxis(matrix, 1, 0)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from .. import _tree
 from .._checks import coefficient_of_theta, count, is_a, is_callable, same_as
@@ -50,12 +52,13 @@ def proximal_alm(
     and ``answer`` reads x.
 
     When: f is convex. The operator is then firmly non-expansive in the metric :math:`G = \operatorname{diag}(G_0,
-    I/\beta)`, which it carries and which is definite where :math:`G_0` is; with :math:`G_0 = 0`, the classical method
-    of multipliers, x has no memory and only y counts. The minimisation must be exact for this. By default it is a step
-    of Newton's method from x, its system solved by conjugate gradients: exact where f is quadratic. Of any other smooth
-    f it takes ``num_newton_steps``, undamped; whatever their number the fixed points, and the derivative there, are
-    exact, because at a fixed point Newton's method starts at its root. An f that is not smooth, or has a cheap exact
-    minimisation, brings its own ``argmin``; where only its proximal operator is cheap, see ``linearized_alm``.
+    I/\beta)`, which it carries where :math:`G_0` is definite; with :math:`G_0 = 0`, the classical method of
+    multipliers, x has no memory, only y counts, and no metric is carried. The minimisation must be exact for this.
+    By default it is a step of Newton's method from x, its system solved by conjugate gradients: exact where f is
+    quadratic. Of any other smooth f it takes ``num_newton_steps``, undamped; whatever their number the fixed
+    points, and the derivative there, are exact, because at a fixed point Newton's method starts at its root. An f
+    that is not smooth, or has a cheap exact minimisation, brings its own ``argmin``; where only its proximal
+    operator is cheap, see ``linearized_alm``.
 
     Where A has dependent rows y is not unique, but x is what the objective says: GMRES, the default of ``implicit``,
     still differentiates x.
@@ -148,7 +151,11 @@ def proximal_alm(
     def metric(v: PrimalDual, theta: Any) -> PrimalDual:
         return type(v)(G0.apply(v.x, theta), _tree.scale(1 / beta_of(theta), v.y))
 
-    return Operator(apply, displacement, metric, readout=lambda u, theta: u.x, name=who)
+    # With G_0 = 0 the form is semidefinite: no metric.
+    known = not callable(proximal_weight) and not isinstance(proximal_weight, Tracer)
+    nothing = known and not np.any(np.asarray(proximal_weight))
+    carried = None if nothing else metric
+    return Operator(apply, displacement, carried, readout=lambda u, theta: u.x, name=who)
 
 
 def linearized_alm(

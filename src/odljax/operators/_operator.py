@@ -169,6 +169,8 @@ def compose(
     if not operators:
         raise TypeError("compose: needs at least one operator; none came.")
     factors = [as_operator(operator) for operator in operators]
+    if len(factors) == 1 and metric is metric_inverse is readout is None:
+        return factors[0]
 
     def apply(x: X, theta: Theta) -> X:
         for factor in reversed(factors):

@@ -13,10 +13,11 @@ from jax import Array
 from jax.core import Tracer
 
 from .. import _tree
-from .._checks import coefficient_of_theta, count, describe, is_a, is_callable, number, same_as
+from .._checks import as_inner, coefficient_of_theta, count, describe, is_a, is_callable, number, same_as
 from .._types import Coefficient, Scalar, Status, Theta
 from ..linear import LinearSolver, cg, differentiable_solve, gmres
 from ._operator import Operator
+from ._weights import solve_definite
 
 
 class QuadraticProgram(NamedTuple):
@@ -189,7 +190,7 @@ def reader(who: str, program: Program) -> Callable[[Any, Any], Problem]:
                     f"{who}: x.{name} must have the shape {jnp.shape(like)} of the program; "
                     f"{describe(getattr(u, name))} came. Start from odl.operators.QPVariables.zeros(n, m)."
                 )
-        return _products(data, u.x.dtype)
+        return _products(data, as_inner(who, "x", u).x.dtype)
 
     return read
 
@@ -331,8 +332,10 @@ def _system(
     if linear_solver is None and problem.P is not None and problem.A is not None:
         direct = _factored(jax.lax.stop_gradient((problem.P, problem.A, sigma, base, scale)))
         return lambda b: differentiable_solve(product, b, lambda _, b: direct(b), symmetric=True)
-    inner = linear_solver or cg()
-    return lambda b: differentiable_solve(product, b, lambda matvec, b: inner(matvec, b)[0], symmetric=True)
+    if linear_solver is None:
+        return lambda b: solve_definite(product, b, cg())
+    # One that was given may be loose on purpose: the correction vanishes, whatever its digits.
+    return lambda b: differentiable_solve(product, b, lambda matvec, b: linear_solver(matvec, b)[0], symmetric=True)
 
 
 def _factored(parts: Any) -> Callable[[Array], Array]:
@@ -373,7 +376,8 @@ def _certificate(
     """Whether a displacement proves that there is no solution: exact inequalities, up to the rounding of their sums.
 
     Every feasible x has ``(A'v)'x = v'Ax <= sup of v'z over the box``, so where the support of v is below
-    ``-r |A'v|`` there is none of norm up to r; likewise a dual solution for a direction of descent.
+    ``-r |A'v|`` there is none of norm up to r; likewise a dual solution for a direction of descent. That A'v is small
+    is also asked in the scale of A: far away is not nowhere.
     """
     if tol is not None:
         number(who, "infeasibility_tol", tol, high=1.0)
@@ -382,11 +386,19 @@ def _certificate(
         problem = read(u, theta)
         lower, upper = problem.lower, problem.upper
         wide = jnp.finfo(u.x.dtype)
-        limit = jnp.asarray((1e-6 if wide.bits == 64 else 1e-3) if tol is None else tol).astype(u.x.dtype)
+        limit = jnp.asarray((1e-6 if wide.bits == 64 else 1e-4) if tol is None else tol).astype(u.x.dtype)
         none, slack = jnp.zeros_like(lower), 100 * float(wide.eps)
 
         def reach(*vectors: Array) -> Array:
             return jnp.maximum(1.0, _tree.norm(vectors)).astype(u.x.dtype) / limit
+
+        def scale(matrix: Array | None, product: Callable[[Array], Array], length: int) -> Array:
+            if matrix is not None:
+                return _largest(matrix.ravel())
+            return _tree.norm(product(jnp.ones(length, u.x.dtype))).astype(u.x.dtype) / max(length, 1) ** 0.5
+
+        size_A = scale(problem.A, problem.forward, u.x.size)
+        size_P = scale(problem.P, problem.hessian, u.x.size)
 
         def proves(terms: Array, error: Array) -> Array:
             return jnp.sum(terms) + slack * jnp.sum(jnp.abs(terms)) + error < 0
@@ -396,15 +408,16 @@ def _certificate(
         v = jnp.where(jnp.isinf(lower), jnp.maximum(v, 0), v)
         support = jnp.where(v > 0, jnp.where(v > 0, upper, none) * v, jnp.where(v < 0, lower, none) * v)
         pulled = _tree.norm(problem.transpose(v)).astype(v.dtype)
-        primal = proves(support, reach(u.x, u.z, displacement.x, displacement.z) * pulled) | jnp.any(lower > upper)
+        primal = proves(support, reach(u.x, u.z, displacement.x, displacement.z) * pulled)
+        primal = primal & (pulled <= limit * size_A * _tree.norm(v).astype(v.dtype)) | jnp.any(lower > upper)
 
         d = -displacement.x
         image = problem.forward(d)
         outside = jnp.where(jnp.isfinite(upper), jnp.maximum(image, 0), none)
         outside = outside + jnp.where(jnp.isfinite(lower), jnp.maximum(-image, 0), none)
-        errors = reach(u.x, displacement.x) * _tree.norm(problem.hessian(d)).astype(d.dtype)
-        errors = errors + reach(u.y, displacement.y) * _tree.norm(outside).astype(d.dtype)
-        dual = proves(problem.q * d, errors)
+        bent, length, outside = (_tree.norm(part).astype(d.dtype) for part in (problem.hessian(d), d, outside))
+        dual = proves(problem.q * d, reach(u.x, displacement.x) * bent + reach(u.y, displacement.y) * outside)
+        dual = dual & (bent <= limit * size_P * length) & (outside <= limit * size_A * length)
 
         code = jnp.where(dual, jnp.int32(Status.DUAL_INFEASIBLE), jnp.int32(-1))
         return jnp.where(primal, jnp.int32(Status.PRIMAL_INFEASIBLE), code)
@@ -514,8 +527,9 @@ def polish_quadratic_program(
         \begin{pmatrix} -q \\ b \end{pmatrix}
 
     When: ADMM has found the active constraints, to three digits say, and more digits are wanted. It is kept only if it
-    satisfies the optimality conditions better. Its derivative is that of this system, exact in forward and reverse
-    mode: ``polish(jax.lax.stop_gradient(u), theta)`` is a differentiable solution without ``implicit``.
+    satisfies the optimality conditions as well as the given point, up to rounding. Its derivative is that of this
+    system, exact in forward and reverse mode: ``polish(jax.lax.stop_gradient(u), theta)`` is a differentiable solution
+    without ``implicit``. Where it is not kept (the active constraints were not found yet) the derivative is NaN.
 
     Args:
         program: that of the operator; P and A arrays (or P None).
@@ -553,8 +567,14 @@ def polish_quadratic_program(
         x, y = _active_set_solution(problem, active, bound, num_refinements)
         image = problem.forward(x)
         polished = type(u)(x, jnp.where(low | high, bound, image), y)
-        better = _violation(problem, polished) <= _violation(problem, u)
-        return _tree.where(jax.lax.stop_gradient(better), polished, u)
+        terms = (problem.hessian(x), problem.q, problem.transpose(jnp.abs(y)), polished.z, y)
+        rounding = 100 * float(jnp.finfo(x.dtype).eps) * _largest(*terms)
+        better = jax.lax.stop_gradient(_violation(problem, polished) <= _violation(problem, u) + rounding)
+        # What is not kept has no derivative here, which must not pass for zero: a root at zero has the derivative NaN.
+        data = (problem.P, problem.q, problem.A, jnp.where(low | high, bound, jnp.zeros_like(bound)))
+        root = jnp.sqrt(jnp.where(better, 1, 0 * sum(jnp.sum(part) for part in data)))
+        unknown = jax.tree.map(lambda leaf: leaf + (root - jax.lax.stop_gradient(root)), jax.lax.stop_gradient(u))
+        return _tree.where(better, polished, unknown)
 
     return polish
 
@@ -657,7 +677,7 @@ def equality_quadratic_program(
     def conditions(v: Array) -> Array:
         return jnp.concatenate([problem.hessian(v[:n]) + problem.transpose(v[n:]), problem.forward(v[:n])])
 
-    v = differentiable_solve(conditions, rhs, lambda matvec, rhs: inner(matvec, rhs)[0], symmetric=True)
+    v = solve_definite(conditions, rhs, inner)
     return QPVariables(v[:n], problem.lower, v[n:])
 
 
@@ -709,6 +729,7 @@ def box_quadratic_program(P: Any, q: Any, lower: Any, upper: Any) -> Operator:
         if not hasattr(x, "ndim") or x.ndim != 1:
             came = describe(x) if hasattr(x, "ndim") else f"a {type(x).__name__}"
             raise TypeError(f"{who}: x must be one vector [n]; {came} came. Ravel it into one array.")
+        as_inner(who, "x", x)  # comparisons with bounds are for real numbers
         _check_program(who, QuadraticProgram(values[0], values[1], jnp.eye(x.size), values[2], values[3]))
         curvatures, linear, low, high = (jnp.asarray(value).astype(x.dtype) for value in values)
         curvatures = (curvatures + curvatures.T) / 2
