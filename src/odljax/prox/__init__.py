@@ -5,11 +5,11 @@
 All work on any tree of floating-point arrays and keep its structure, shapes and dtypes; a leaf is computed in float32
 at least. What fixes the program (k, groups) sits in the parameter as Python or NumPy values and is refused if traced.
 Every derivative (in v, parameter and step size, of any order, forward or reverse) is plain autodiff of the formula, or
-of the equation that the result solves. An operator whose h is not convex says so, returns a global minimiser, and names
-the one it returns where there are several. At a kink it is one fixed element of the generalised Jacobian, always finite
-and named in the docstring: thresholds give that of the shrinking side, projections that of the boundary (the simplex:
-of the larger support), the sides that stay right when the threshold or the set shrinks to nothing. A NaN in v or in a
-parameter comes out as NaN.
+of the equation that the result solves; `nuclear` and `psd_cone` can be differentiated at most twice. An operator whose
+h is not convex says so, returns a global minimiser, and names the one it returns where there are several. At a kink it
+is one fixed element of the generalised Jacobian, always finite and named in the docstring: thresholds give that of the
+shrinking side, projections that of the boundary (the simplex: of the larger support), the sides that stay right when
+the threshold or the set shrinks to nothing. A NaN in v or in a parameter comes out as NaN.
 
 To add an operator: write its rule in a private file, name it here, and give it a row in the tests' registry.
 """

@@ -1,5 +1,6 @@
 """Projections onto sets that linear equations and inequalities describe."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +97,7 @@ def span(v: PyTree[ArrayLike], parameter: PyTree[ArrayLike], step_size: object =
         >>> prox.span(jnp.array([3.0, 1.0]), jnp.array([1.0, 1.0])).tolist()
         [2.0, 2.0]
     """
-    xs, normals, back = _with_normals("prox.span", v, parameter)
+    xs, normals, _, back = _with_normals("prox.span", v, parameter)
     inner, square = _products(xs, normals)
     zero = square == 0
     along = jnp.where(zero, 0, inner) / jnp.where(zero, 1, square)
@@ -209,7 +210,8 @@ def polyhedron(
 # ---- one vector ----------------------------------------------------------------------------------------------------
 
 
-def _with_normals(who: str, v: PyTree, normal: PyTree) -> tuple[list[Array], list[Array], Any]:
+def _with_normals(who: str, v: PyTree, normal: PyTree) -> tuple[list[Array], list[Array], Array, Any]:
+    """The leaves of v, those of a in units of its largest entry, that unit, and the way back to the tree."""
     entries, structure = flatten(who, v)
     dtypes = [jnp.result_type(leaf) for _, leaf in entries]
     dtype = widest(*dtypes)
@@ -218,11 +220,16 @@ def _with_normals(who: str, v: PyTree, normal: PyTree) -> tuple[list[Array], lis
         jnp.broadcast_to(fit(who, "a" + jax.tree_util.keystr(path), a, dtype, x.shape, signed=True), x.shape)
         for (path, _), a, x in zip(entries, spread(who, "a", normal, v), xs, strict=True)
     ]
+    # a and b may be in any unit: this one keeps the squares in range
+    peaks = [jnp.max(jnp.abs(jax.lax.stop_gradient(a)), initial=0) for a in normals]
+    peak = functools.reduce(jnp.maximum, peaks, jnp.zeros((), dtype))
+    unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    normals = [a / unit for a in normals]
 
     def back(ys: list[Array]) -> PyTree:
         return jax.tree.unflatten(structure, [y.astype(own) for y, own in zip(ys, dtypes, strict=True)])
 
-    return xs, normals, back
+    return xs, normals, unit, back
 
 
 def _products(xs: list[Array], normals: list[Array]) -> tuple[Array, Array]:
@@ -234,14 +241,14 @@ def _products(xs: list[Array], normals: list[Array]) -> tuple[Array, Array]:
 def _across(who: str, v: PyTree, parameter: Any, counted: Any) -> PyTree:
     """v less what `counted` says of its excess over the hyperplane."""
     normal, level = pair(who, "(a, b)", parameter)
-    xs, normals, back = _with_normals(who, v, normal)
+    xs, normals, unit, back = _with_normals(who, v, normal)
     dtype = xs[0].dtype if xs else jnp.float32
     level = fit(who, "b", level, dtype, (), signed=True)
     if not xs:
         return v
     inner, square = _products(xs, normals)
     zero = square == 0
-    excess = counted(inner - level)
+    excess = counted(inner - level / unit)
     along = jnp.where(zero, jnp.where(excess == 0, 0, jnp.nan), jnp.where(zero, 0, excess) / jnp.where(zero, 1, square))
     return back([x - a * along for x, a in zip(xs, normals, strict=True)])
 

@@ -121,7 +121,7 @@ def l1_sphere(v: PyTree[ArrayLike], parameter: ArrayLike = 1.0, step_size: objec
         step_size: ignored.
     Returns: a tree like v; where v_i = 0 becomes non-zero, the positive one of the two nearest.
     Raises: TypeError where a leaf of v is not real floating-point or the radius is not a real number; ValueError where
-        the radius is not a scalar, or is a negative Python or NumPy number.
+        the radius is not a scalar, or is a negative Python or NumPy number; or v has leaves but no entry.
     At kinks: that of the outside, I - s s' / |S| on S = {i: |v_i| >= tau} and s / |S| in the radius, with s = sign(v)
         and sign(0) = 1; an entry that ties with tau is in S.
     Cost: one sort of all entries.
@@ -141,6 +141,7 @@ def l1_sphere(v: PyTree[ArrayLike], parameter: ArrayLike = 1.0, step_size: objec
         tau, support = simplex_threshold(size, radius)
         return sign * floor(jnp.where(support, size - tau, 0))
 
+    _refuse_no_entries("prox.l1_sphere", v)
     return _whole("prox.l1_sphere", project, v, parameter)
 
 
@@ -158,7 +159,7 @@ def l2_sphere(v: PyTree[ArrayLike], parameter: ArrayLike = 1.0, step_size: objec
         step_size: ignored.
     Returns: a tree like v; at v = 0 the point whose entries are all equal and positive.
     Raises: TypeError where a leaf of v is not real floating-point or the radius is not a real number; ValueError where
-        the radius is not a scalar, or is a negative Python or NumPy number.
+        the radius is not a scalar, or is a negative Python or NumPy number; or v has leaves but no entry.
     At kinks: at v = 0 the derivative in v is 0.
     Cost: three passes.
     Source: the gradient of |x - v|^2 on the sphere vanishes where x is a multiple of v.
@@ -175,6 +176,7 @@ def l2_sphere(v: PyTree[ArrayLike], parameter: ArrayLike = 1.0, step_size: objec
         zero = length == 0
         return radius * jnp.where(zero, x.size**-0.5, x / jnp.where(zero, 1, length))
 
+    _refuse_no_entries("prox.l2_sphere", v)
     return _whole("prox.l2_sphere", project, v, parameter)
 
 
@@ -215,13 +217,24 @@ def l2_ball(v: PyTree[ArrayLike], parameter: ArrayLike = 1.0, step_size: object 
     return jax.tree.unflatten(structure, scaled)
 
 
+def _refuse_no_entries(who: str, v: PyTree) -> None:
+    """A tree without leaves stays what it is; one of empty leaves is a mistake, as no sphere lies in it."""
+    entries, _ = flatten(who, v)
+    if entries and not any(jnp.size(leaf) for _, leaf in entries):
+        path, leaf = entries[0]
+        raise ValueError(
+            f"{who} needs at least one entry; v{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}; no sphere "
+            "lies in a space without dimensions: pass entries."
+        )
+
+
 def _whole(who: str, project: Callable[[Array, Array], Array], v: PyTree, radius: ArrayLike) -> PyTree:
-    """`project(x, radius)` of all entries of v in one vector."""
+    """`project(x, radius)` of all entries of v in one vector; v itself where it has none."""
     entries, structure = flatten(who, v)
     dtypes = [jnp.result_type(leaf) for _, leaf in entries]
     dtype, shapes = widest(*dtypes), [jnp.shape(leaf) for _, leaf in entries]
     radius = fit(who, "the radius", radius, dtype, ())
-    if not entries:
+    if not sum(jnp.size(leaf) for _, leaf in entries):
         return v
     parts = [jnp.asarray(leaf, dtype).ravel() for _, leaf in entries]
     ends = [sum(part.size for part in parts[: i + 1]) for i in range(len(parts) - 1)]

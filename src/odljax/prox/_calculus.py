@@ -1,5 +1,6 @@
 """Operators from operators: the calculus of proximal maps."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from jax.typing import ArrayLike
 from .. import _tree
 from .._checks import is_callable, number
 from .._types import Float, PyTree
-from ._leafwise import STATIC, flatten, widest
+from ..derivatives._moving import hoisted, moving
+from ._leafwise import STATIC, flatten, spread, widest
 
 Prox = Callable[..., Any]
 
@@ -26,9 +28,11 @@ def conjugate(prox: Prox) -> Prox:
     Args:
         prox: `(v, parameter, step_size) -> v` of a convex h (closed, proper); that of h itself, not of step_size * h,
             must be the one of step_size = 1.
-    Returns: a function `(v, parameter, step_size=1.0)` with step_size > 0, a scalar.
+    Returns: a function `(v, parameter, step_size=1.0)` with step_size > 0, a scalar or, where prox takes one, a tree of
+        scalars that is a prefix of v.
     Raises: TypeError where prox is no such function; when called, TypeError where a leaf of v is not real
-        floating-point, ValueError where step_size is a Python or NumPy number that is not positive.
+        floating-point, ValueError where step_size has a Python or NumPy number that is not positive, or its structure
+        does not fit v.
     At kinks: what that of prox implies.
     Cost: that of prox.
     Source: Moreau, 1965; Parikh and Boyd, 2014, section 2.5.
@@ -42,10 +46,13 @@ def conjugate(prox: Prox) -> Prox:
     is_callable("prox.conjugate", "prox", prox, "v, parameter, step_size")
 
     def of_conjugate(v: PyTree[ArrayLike], parameter: Any = None, step_size: Any = 1.0) -> PyTree[Float[Array, "..."]]:
-        number("prox.conjugate", "step_size", step_size)
+        for step in jax.tree.leaves(step_size):
+            number("prox.conjugate", "step_size", step)
         wide = _wide("prox.conjugate", v)
-        inner = prox(_tree.scale(1 / jnp.asarray(step_size), wide), parameter, 1 / jnp.asarray(step_size))
-        return _like(_tree.subtract(wide, _tree.scale(step_size, inner)), v)
+        steps = jax.tree.unflatten(jax.tree.structure(v), spread("prox.conjugate", "step_size", step_size, v))
+        shrunk = jax.tree.map(lambda s, x: _tree.scale(1 / jnp.asarray(s), x), steps, wide)
+        inner = prox(shrunk, parameter, jax.tree.map(lambda s: 1 / jnp.asarray(s), step_size))
+        return _like(_tree.subtract(wide, jax.tree.map(_tree.scale, steps, inner)), v)
 
     return of_conjugate
 
@@ -59,7 +66,7 @@ def scale(prox: Prox, factor: Any) -> Prox:
     Args:
         prox: `(v, parameter, step_size) -> v`.
         factor: a number other than 0, traced or not; negative ones reflect.
-    Returns: a function `(v, parameter, step_size=1.0)` with a scalar step_size.
+    Returns: a function `(v, parameter, step_size=1.0)`, whose step_size is one that prox takes.
     Raises: TypeError where prox is no such function or factor no number; ValueError where it is a Python or NumPy 0.
     At kinks: what that of prox implies.
     Cost: that of prox.
@@ -78,7 +85,12 @@ def scale(prox: Prox, factor: Any) -> Prox:
 
     def of_scaled(v: PyTree[ArrayLike], parameter: Any = None, step_size: Any = 1.0) -> PyTree[Float[Array, "..."]]:
         wide, a = _wide("prox.scale", v), jnp.asarray(factor)
-        step = jax.tree.map(lambda s: jnp.square(a).astype(jnp.result_type(s)) * s, step_size)
+
+        def squared(s: Any) -> Array:
+            dtype = jnp.result_type(s, float)  # a whole number as well
+            return jnp.square(a).astype(dtype) * jnp.asarray(s, dtype)
+
+        step = jax.tree.map(squared, step_size)
         return _like(_tree.scale(1 / a, prox(_tree.scale(a, wide), parameter, step)), v)
 
     return of_scaled
@@ -132,7 +144,8 @@ def separable(proxes: PyTree) -> Prox:
     Args:
         proxes: tree of functions `(v, parameter, step_size) -> v`, a prefix of v.
     Returns: a function `(v, parameter, step_size=1.0)`: parameter has the structure of proxes, with the parameter of
-        each operator in its place (None where it has none); step_size is a scalar or has that structure, too.
+        each operator in its place (None where it has none), or is None for None to each; step_size is a scalar or has
+        that structure, too.
     Raises: TypeError where a member of proxes is no such function; when called, ValueError where the structure of v or
         of parameter does not fit proxes.
     At kinks: those of the operators.
@@ -163,7 +176,8 @@ def separable(proxes: PyTree) -> Prox:
     def of_parts(v: PyTree[ArrayLike], parameter: Any = None, step_size: Any = 1.0) -> PyTree[Float[Array, "..."]]:
         scalar_step = jax.tree.structure(step_size) == jax.tree.structure(0)
         steps = [step_size] * len(operators) if scalar_step else parts("step_size", step_size)
-        columns = zip(operators, parts("v", v), parts("parameter", parameter), steps, strict=True)
+        parameters = [None] * len(operators) if parameter is None else parts("parameter", parameter)
+        columns = zip(operators, parts("v", v), parameters, steps, strict=True)
         return jax.tree.unflatten(structure, [operator(*rest) for operator, *rest in columns])
 
     return of_parts
@@ -210,7 +224,7 @@ def moreau_envelope(penalty: Callable[..., Any], prox: Prox) -> Callable[..., Fl
         penalty: `(x, parameter) -> scalar`, h on its domain (an indicator is 0).
         prox: its proximal operator, `(v, parameter, step_size) -> v`.
     Returns: a function `(v, parameter=None, step_size=1.0)` with step_size > 0, a scalar. What penalty and prox close
-        over must not be differentiated: hand it in as the parameter.
+        over may be differentiated, as the parameter may.
     Raises: TypeError where penalty or prox is no such function; when called, TypeError where a leaf of v is not real
         floating-point, ValueError where step_size is a Python or NumPy number that is not positive.
     At kinks: the value has none where h is convex.
@@ -231,11 +245,11 @@ def moreau_envelope(penalty: Callable[..., Any], prox: Prox) -> Callable[..., Fl
         number("prox.moreau_envelope", "step_size", step_size)
         wide = _wide("prox.moreau_envelope", v)
         leaves, structure = jax.tree.flatten(parameter)
-        moving = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+        moved = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
 
         def whole(values: list[Any]) -> Any:  # what is no real number fixes the program, and stays as it is
             filled = list(leaves)
-            for i, value in zip(moving, values, strict=True):
+            for i, value in zip(moved, values, strict=True):
                 filled[i] = value
             return jax.tree.unflatten(structure, filled)
 
@@ -243,25 +257,31 @@ def moreau_envelope(penalty: Callable[..., Any], prox: Prox) -> Callable[..., Fl
             gap = _tree.subtract(p, v)
             return _tree.vdot(gap, gap) / 2
 
-        @jax.custom_jvp
-        def value(v: Any, values: list[Any], step: Array) -> Array:
-            p = prox(v, whole(values), step)
-            apart = distance(v, p)
-            return jnp.asarray(penalty(p, whole(values))).astype(apart.dtype) + apart / step.astype(apart.dtype)
+        # What penalty and prox close over may be differentiated, too: it travels as an operand.
+        values = [jnp.asarray(leaves[i]) for i in moved]
+        step = jnp.asarray(step_size, _tree.accumulation_dtype(wide))
+        held = jax.lax.stop_gradient((wide, values, step))
+        nearest, near = hoisted(lambda v, values, step: prox(v, whole(values), step), *held)
+        height, tall = hoisted(lambda p, values: penalty(p, whole(values)), held[0], held[1])
 
-        @value.defjvp
-        def _(primals: Any, tangents: Any) -> Any:
-            (v, values, step), (v_dot, values_dot, step_dot) = primals, tangents
-            p = prox(v, whole(values), step)
+        def value(v: Any, values: list[Any], step: Array, near: list[Any], tall: list[Any]) -> Array:
+            p = nearest(v, values, step, *near)
+            apart = distance(v, p)
+            return jnp.asarray(height(p, values, *tall)).astype(apart.dtype) + apart / step.astype(apart.dtype)
+
+        def tangent(_: Array, operands: Any, tangents: Any) -> Array:
+            (v, values, step, near, tall), (v_dot, values_dot, step_dot, _, tall_dot) = operands, tangents
+            p = nearest(v, values, step, *near)
             apart = distance(v, p)
             s = step.astype(apart.dtype)
-            by_parameter = jax.jvp(lambda values: penalty(p, whole(values)), (values,), (values_dot,))[1]
+            at_p = functools.partial(height, p)
+            by_parameter = jax.jvp(at_p, (values, *tall), (values_dot, *tall_dot))[1]
             along = _tree.vdot(_tree.subtract(v, p), v_dot) / s
             along = along + jnp.asarray(by_parameter).astype(apart.dtype)
-            return value(*primals), along - apart / jnp.square(s) * step_dot.astype(apart.dtype)
+            return along - apart / jnp.square(s) * step_dot.astype(apart.dtype)
 
-        values = [jnp.asarray(leaves[i]) for i in moving]
-        return value(wide, values, jnp.asarray(step_size, _tree.accumulation_dtype(wide)))
+        operands = (wide, values, step, near, tall)
+        return moving(value(*jax.lax.stop_gradient(operands)), operands, tangent)
 
     return envelope
 

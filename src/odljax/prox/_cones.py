@@ -62,7 +62,7 @@ def psd_cone(v: PyTree[ArrayLike], parameter: object = None, step_size: object =
         step_size: ignored.
     Returns: a tree like v, symmetric.
     Raises: TypeError where a leaf of v is not real floating-point; ValueError where a leaf has no square matrices on
-        its last two axes.
+        its last two axes; NotImplementedError at third derivatives: it can be differentiated at most twice.
     At kinks: the derivative is right at repeated eigenvalues; an eigenvalue that is exactly 0 counts as negative.
     Cost: one eigendecomposition, O(n^3) a matrix.
     Source: Higham, 1988; the derivative by divided differences: Malick and Sendov, 2006.
@@ -172,7 +172,9 @@ def _excess(r: Array, x: Array, y: Array, z: Array) -> Array:
 def _root_tangent(r: Array, operands: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> Array:
     _, moved = jax.jvp(lambda *v: _excess(r, *v), operands, tangents)
     _, slope = jax.jvp(lambda r: _excess(r, *operands), (r,), (jnp.ones_like(r),))
-    return -moved / jnp.where(slope == 0, jnp.inf, slope)  # an underflow: the root sits at an end and the row at 0
+    zero = slope == 0  # an underflow: the root sits at an end and the row at 0
+    unit = jax.lax.stop_gradient(jnp.where(zero, 1, slope))  # without it the derivative would square a small slope
+    return -(moved / unit) / jnp.where(zero, jnp.inf, slope / unit)
 
 
 def _root(x: Array, y: Array, z: Array) -> Array:

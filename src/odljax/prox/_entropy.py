@@ -84,9 +84,12 @@ def kullback_leibler(
 @jax.custom_jvp
 def _relative(v: Array, t: Array, q: Array) -> Array:
     """The x with x + t log(x / q) = v."""
-    small = t <= 0
+    small, kind = t <= 0, jnp.finfo(v.dtype)
     safe = jnp.where(small, 1, t)
-    x = safe * _omega(v / safe + jnp.log(q) - jnp.log(safe))
+    great = v > safe / kind.eps**2  # there v / t may overflow, and one step from x = v is exact
+    x = safe * _omega(jnp.where(great, 0, v) / safe + jnp.log(q) - jnp.log(safe))
+    far = v - safe * (jnp.log(jnp.where(great, jnp.minimum(v, kind.max), 1)) - jnp.log(q))
+    x = jnp.where(great, jnp.where(q > 0, far, 0 * q), x)
     return jnp.where(small, jnp.where(q > 0, jnp.maximum(v, 0), 0 * q), x)
 
 
@@ -94,10 +97,13 @@ def _relative(v: Array, t: Array, q: Array) -> Array:
 def _(primals: Any, tangents: Any) -> Any:
     v, t, q = primals
     x = _relative(v, t, q)  # the relation differentiated, itself differentiable
-    positive = (x > 0) & (q > 0)
-    ratio, total = jnp.where(positive, x, 1) / jnp.where(positive, q, 1), jnp.where(positive, x + t, 1)
-    change = tangents[0] - jnp.log(ratio) * tangents[1] + t * tangents[2] / jnp.where(positive, q, 1)
-    return x, jnp.where(positive, x * change / total, jnp.where(jnp.isnan(x), x, 0))
+    positive = (x >= jnp.finfo(x.dtype).tiny) & (q > 0)
+    safe_x, safe_q, total = (jnp.where(positive, a, 1) for a in (x, q, x + t))
+    by_v, by_t = safe_x / total, (jnp.log(safe_q) - jnp.log(safe_x)) * (safe_x / total)
+    # x t / (q (x + t)), the greater of x and t first: no product over- or underflows unless the result does
+    by_q = jnp.where(safe_x > t, safe_x, t) / total * (jnp.where(safe_x > t, t, safe_x) / safe_q)
+    change = by_v * tangents[0] + by_t * tangents[1] + by_q * tangents[2]
+    return x, jnp.where(positive, change, jnp.where(jnp.isnan(x), x, 0))
 
 
 def _omega(c: Array) -> Array:

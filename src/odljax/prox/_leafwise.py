@@ -29,7 +29,8 @@ def leafwise(
     """Return `rule(x, *coefficients)` for every leaf x of v, computed in float32 at least, in the dtype of the leaf.
 
     A coefficient is a tree prefix of v. It must broadcast to the leaf, and must not be negative unless `signed`.
-    With `rows`, rule works along the last axis (a 0-d leaf is a row of one) and each row has one coefficient.
+    With `rows`, rule works along the last axis (a 0-d leaf is a row of one) and each row has one coefficient; a leaf
+    without entries is returned as it is.
     Complex leaves are refused unless `or_complex`; coefficients are real in any case.
     """
     entries, structure = flatten(who, v, or_complex=or_complex)
@@ -45,7 +46,8 @@ def leafwise(
             for name, value in zip(coefficients, values, strict=True)
         ]
         fitted = [c[..., None] if rows and c.ndim else c for c in fitted]
-        results.append(rule(x, *fitted).astype(dtype).reshape(shape))
+        y = x if rows and x.size == 0 else rule(x, *fitted)
+        results.append(y.astype(dtype).reshape(shape))
     return jax.tree.unflatten(structure, results)
 
 

@@ -92,7 +92,7 @@ def scad(
         leaf, or trees of these that are prefixes of v.
     Args:
         v: tree of floating-point arrays.
-        parameter: (lam, a): lam >= 0, a > 2 (a = 3.7 is customary).
+        parameter: (lam, a): lam >= 0, a > 2 (a = 3.7 is customary; inf gives l1).
         step_size: >= 0.
     Returns: a tree like v.
     Raises: TypeError where a leaf of v is not real floating-point or a coefficient not a real number; ValueError where
@@ -217,16 +217,19 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def _scad(x: Array, lam: Array, a: Array, step: Array) -> Array:
+    a = jnp.minimum(a, jnp.finfo(a.dtype).max)  # a = inf is l1, and lam = 0 the identity
     size, sign = jnp.abs(x), jnp.sign(x)
     smooth = step < a - 1
     jump = jnp.where(step > a + 1, jnp.sqrt(jnp.where(step > a + 1, step * (a + 1), 1)), (a + 1 + step) / 2)
     first, second = lam * jnp.where(smooth, 1 + step, jump), lam * jnp.where(smooth, a, jump)
     shrunk = jnp.where(size < step * lam, 0, x - sign * step * lam)
-    between = ((a - 1) * x - sign * step * a * lam) / jnp.where(smooth, a - 1 - step, 1)
+    width = jnp.where(smooth, a - 1, 1)
+    between = (x - sign * step * lam * (a / width)) / jnp.where(smooth, 1 - step / width, 1)
     return jnp.where(size < first, shrunk, jnp.where(size < second, between, jnp.where(jnp.isnan(second), second, x)))
 
 
 def _mcp(x: Array, lam: Array, gamma: Array, step: Array) -> Array:
+    gamma = jnp.minimum(gamma, jnp.finfo(gamma.dtype).max)  # gamma = inf is l1, and lam = 0 the identity
     size, sign = jnp.abs(x), jnp.sign(x)
     smooth = step < gamma
     jump = jnp.sqrt(jnp.where(smooth, 1, step * gamma))

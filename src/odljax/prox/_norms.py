@@ -120,7 +120,8 @@ def slope(
         step = fit(who, "step_size" + jax.tree_util.keystr(path), step, x.dtype, x.shape[:-1])
         w = jnp.broadcast_to(w if w.ndim else w[None], x.shape[-1:] if w.ndim < 2 else (*w.shape[:-1], x.shape[-1]))
         w = jnp.broadcast_to(w.reshape((1,) * (x.ndim - w.ndim) + w.shape), x.shape)
-        results.append(_sorted_shrink(x, w * (step[..., None] if step.ndim else step)).astype(dtype).reshape(shape))
+        y = _sorted_shrink(x, w * (step[..., None] if step.ndim else step)) if x.size else x
+        results.append(y.astype(dtype).reshape(shape))
     return jax.tree.unflatten(structure, results)
 
 
@@ -142,7 +143,7 @@ def nuclear(
     Returns: a tree like v.
     Raises: TypeError where a leaf of v is not real floating-point or a coefficient not a real number; ValueError where
         the structure or shape of a coefficient does not fit v, or it is a negative Python or NumPy number;
-        NotImplementedError at third derivatives in v that pass through one in lam.
+        NotImplementedError at third derivatives in v: it can be differentiated at most twice.
     At kinks: repeated and zero singular values are none, first and second derivatives are exact there; where s = t the
         derivative is that of the shrinking side, the identity at t = 0.
     Cost: one singular value decomposition, and for a derivative six products of that size; a second derivative

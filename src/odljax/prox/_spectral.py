@@ -3,7 +3,7 @@
 The derivative of Q diag(f(w)) Q' in the direction E is Q (F * (Q' E Q)) Q' with the divided differences F_ij =
 (f(w_i) - f(w_j)) / (w_i - w_j), or f' where w_i = w_j (Löwner; Lewis, 1996). For the piecewise linear functions here
 they are ratios without cancellation. That of eigenvectors, which does not exist at ties, is never taken: the
-derivative is a linear primitive with a derivative of its own. Third derivatives differentiate eigenvectors.
+derivative is a linear primitive with a derivative of its own. Third derivatives would take it, and are refused.
 """
 
 import functools
@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from ..derivatives._moving import moving
 
 
 def positive_part(x: Array) -> Array:
@@ -78,6 +80,19 @@ def _second(table: Array, q: Array, a: Array, b: Array) -> Array:
     return _conjugate(q, inner + jnp.einsum("...ikj,...ik,...kj->...ij", table, b, a))
 
 
+def _too_often(who: str) -> NotImplementedError:
+    return NotImplementedError(f"{who}: third derivatives are not defined; differentiate twice at most.")
+
+
+def _differentiated_twice(x: Array, who: str) -> Array:
+    """x, of which no further derivative can be taken."""
+
+    def refuse(*_: Any) -> Array:
+        raise _too_often(who)
+
+    return moving(jax.lax.stop_gradient(x), x, refuse)
+
+
 def _triples(w: Array) -> tuple[Array, Array, Array]:
     return w[..., :, None, None], w[..., None, :, None], w[..., None, None, :]
 
@@ -100,7 +115,7 @@ def _symmetric_first(x: Array, w: Array, q: Array, e: Array) -> Array:
 
 
 def _symmetric_second(x: Array, w: Array, q: Array, e: Array, change: Array) -> Array:
-    w, q = jnp.linalg.eigh(x)
+    w, q = jnp.linalg.eigh(_differentiated_twice(x, "prox.psd_cone"))
     return _second(_ramp_second(*_triples(w), 0), q, e, (change + change.mT) / 2)
 
 
@@ -141,7 +156,7 @@ def _singular_first(kind: str, x: Array, t: Array, u: Array, s: Array, vt: Array
 def _singular_second(x: Array, t: Array, e: Array, change: Array) -> Array:
     """By the symmetric matrix [[0, x], [x', 0]], whose eigenvalues are s, -s and zeros."""
     m, n = x.shape[-2:]
-    u, s, vt = jnp.linalg.svd(x, full_matrices=True)
+    u, s, vt = jnp.linalg.svd(_differentiated_twice(x, "prox.nuclear"), full_matrices=True)
     v, half = vt.mT, jnp.asarray(0.5**0.5, x.dtype)
     w = jnp.concatenate([s, -s, jnp.zeros((*s.shape[:-1], m - n), s.dtype)], axis=-1)
     upper = jnp.concatenate([half * u[..., :n], half * u[..., :n], u[..., n:]], axis=-1)
@@ -210,9 +225,7 @@ def _primitive() -> Any:
             elif kind == "ramp":
                 tangent = tangent + _singular_second(known[0], known[1], e, moved)
             else:
-                raise NotImplementedError(
-                    "prox.nuclear: third derivatives are not defined; differentiate twice at most."
-                )
+                raise _too_often("prox.nuclear")
         if t_dot is not None and type(t_dot) is not ad.Zero and kind == "ramp":
             tangent = tangent + primitive.bind(*known, e, kind="step") * t_dot
         return out, tangent

@@ -34,7 +34,7 @@ def total_variation_1d(
     Raises: TypeError where a leaf of v is not real floating-point or a coefficient not a real number; ValueError where
         the structure or shape of a coefficient does not fit v, or it is a negative Python or NumPy number.
     At kinks: the derivative is that of the formula on the segments found; neighbours that are equal in the result, to
-        the bit, share one.
+        the bit, share one. At t = 0 it is I in v.
     Cost: O(n) moves of constant cost in practice, one after the other (O(n^2) at worst); rows one after the other too,
         unless batched by `vmap`, where each move costs a pass over the rows.
     Source: Condat, 2013, "A direct algorithm for 1-D total variation denoising".
@@ -49,8 +49,6 @@ def total_variation_1d(
     def rows(x: Array, lam: Array, step: Array) -> Array:
         t = jnp.broadcast_to(step * lam, (*x.shape[:-1], 1)).reshape(-1)
         flat = x.reshape(-1, x.shape[-1])
-        if x.shape[-1] < 2:
-            return x
         # One row after the other: a batched write at a place of its own in each row would copy all of them.
         held = jax.lax.stop_gradient((flat, t))
         levels = jax.lax.stop_gradient(jax.lax.map(lambda row: _taut_string(*row), held))
@@ -79,7 +77,7 @@ def total_variation_2d(
         a leaf has fewer than two axes, the structure or shape of a coefficient does not fit v, or it is a negative
         Python or NumPy number.
     At kinks: the derivative is implicit, with a pixel whose dual variable has just reached length t counted as flat
-        (its differences stay zero).
+        (its differences stay zero). At t = 0 it is I in v.
     Cost: some hundreds of accelerated steps of a few passes each, then Newton steps of some hundred products; each
         derivative direction is one system, solved by conjugate gradients.
     Source: Chambolle, 2004 (the dual); Beck and Teboulle, 2009 (its acceleration), restarted as O'Donoghue and Candes,
@@ -120,7 +118,8 @@ def _fuse(v: Array, t: Array, level: Array) -> Array:
     rise = jnp.sign(jnp.diff(level))
     pull = jnp.diff(rise, prepend=jnp.zeros(1, v.dtype), append=jnp.zeros(1, v.dtype))
     shifted = v - level + jnp.where(pull == 0, 0, t) * pull  # deviations from the level: long sums of these are exact
-    segment = jnp.cumsum(jnp.concatenate([jnp.zeros(1, int), (rise != 0).astype(int)]))
+    apart = (rise != 0) | (t == 0)  # at t = 0 it is the identity, with the derivative of one
+    segment = jnp.cumsum(jnp.concatenate([jnp.zeros(1, int), apart.astype(int)]))
     sums = jax.ops.segment_sum(shifted, segment, n, indices_are_sorted=True)
     sizes = jax.ops.segment_sum(jnp.ones_like(v), segment, n, indices_are_sorted=True)
     y = level + (sums / jnp.maximum(sizes, 1))[segment]
@@ -321,6 +320,8 @@ def _newton_move(q: Array, t: Array, move: Array) -> Array:
 
 def _dual_tangent(p: Array, operands: tuple[Array, Array], tangents: tuple[Array, Array]) -> Array:
     (v, t), (moved_v, moved_t) = operands, tangents
-    q = _ahead(p, v)
+    q, still = _ahead(p, v), t == 0  # at t = 0 p is t times the direction of D v, to first order
+    ahead = _frame(q, t)[1] * moved_t
+    t, moved_v, moved_t = (jnp.where(still, a, b) for a, b in ((1, t), (0, moved_v), (0, moved_t)))
     _, n, root = _frame(q, t)
-    return _solve(q, t, root * _STEP * _gradient(moved_v), n * moved_t)
+    return jnp.where(still, ahead, _solve(q, t, root * _STEP * _gradient(moved_v), n * moved_t))
