@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .. import _tree
 from .._checks import is_a
 from .._types import Theta, X
 from ..solvers import Solution, Solver, for_steps, until_converged
