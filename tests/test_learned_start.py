@@ -64,5 +64,7 @@ def test_other_refusals():
         with pytest.raises(TypeError, match=r"start must be a function of \(theta\)"):
             make(lambda: 1.0)
         hyper = make(lambda theta: 1)
-        with pytest.raises(TypeError, match=r"start\(theta\) must be real floating point; leaf \(itself\) is int"):
+        with pytest.raises(
+            TypeError, match=r"start\(theta\) must be real or complex floating point; leaf \(itself\) is int"
+        ):
             hyper.update(1.0, hyper.init(1.0, None))
