@@ -984,7 +984,11 @@ def test_trees_of_mixed_dtypes_and_vmap():
         operators.chambolle_pock(shrink, shrink, linear, step_size=0.3, dual_step_size=0.5),
         operators.condat_vu(objective, shrink, shrink, linear, step_size=0.2, dual_step_size=0.5),
         operators.proximal_alm(
-            objective, linear, [jnp.ones(2), jnp.ones(1, jnp.float32)], linear_solver=odl.linear.dense()
+            objective,
+            linear,
+            [jnp.ones(2), jnp.ones(1, jnp.float32)],
+            proximal_weight=0.1,
+            linear_solver=odl.linear.dense(),
         ),
     )
     for T in built:

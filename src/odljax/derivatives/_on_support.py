@@ -52,7 +52,8 @@ def on_support(
     another splitting, say with ``active`` what counts as one. At a kink (an entry that is about to enter or leave)
     there is no derivative: ``odl.diagnostics.kinks`` looks for it.
 
-    Shapes: x any pytree of n numbers in all; vectors on the support (capacity,).
+    Shapes: x any pytree of n numbers in all; vectors on the support (capacity,), in the widest dtype of the leaves. If
+    the leaves have several dtypes, the rounding of the narrow ones may be reported as a failed solve.
 
     Args:
         solver: from ``for_steps`` or ``until_converged``; its iteration needs an operator.
