@@ -10,7 +10,8 @@ from jax import Array
 
 from .. import _tree, linear
 from .._checks import as_inner, coefficient_of_theta, is_callable, record, same_as
-from .._types import Coefficient, Status, Theta, X
+from .._types import Coefficient, Theta, X
+from ._weights import solve_definite
 
 
 @record
@@ -195,8 +196,4 @@ def inverse_metric(operator: Operator[X, Theta]) -> Callable[[X, Theta], X] | No
     if operator.metric_inverse is not None or metric is None:
         return operator.metric_inverse
 
-    def solve(matvec: Callable[[X], X], b: X) -> X:
-        v, info = linear.cg()(matvec, b)
-        return _tree.scale(jnp.where(info.status < Status.STEP_BUDGET_SPENT, 1.0, jnp.nan), v)
-
-    return lambda v, theta: linear.differentiable_solve(lambda v: metric(v, theta), v, solve, symmetric=True)
+    return lambda v, theta: solve_definite(lambda v: metric(v, theta), v, linear.cg())
