@@ -24,19 +24,13 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 def record(cls: type[T]) -> type[T]:
-    """A frozen dataclass of pure functions that is no pytree: whoever flattens it is told so."""
+    """A frozen dataclass of pure functions, static to JAX: no leaves, equal only to itself.
+
+    So it may be an attribute of a module, a value in a tree of settings, an argument of ``jit``.
+    """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     cls.__repr__ = lambda self: f"{cls.__name__}({getattr(self, 'name')})"  # noqa: B009
-
-    def refuse(value: Any) -> Any:
-        raise TypeError(
-            f"odljax: {value!r} is a record of functions, not a pytree of arrays, and came as an argument of a JAX "
-            f"transform (jit, vmap, grad, scan, ...) or of a tree function. Build it at module level or inside the "
-            f"jitted function, or close over it."
-        )
-
-    jax.tree_util.register_pytree_node(cls, refuse, lambda aux, children: refuse(cls))
-    return cls
+    return jax.tree_util.register_static(cls)
 
 
 def leaf_name(path: Any) -> str:

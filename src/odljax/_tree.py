@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TypeVar
 
 import jax
@@ -21,6 +22,11 @@ def _cast(coefficient: Scalar | Array, leaf: Array) -> Array:
 def scale(coefficient: Scalar | Array, x: T) -> T:
     """``coefficient * x``."""
     return jax.tree.map(lambda leaf: _cast(coefficient, leaf) * leaf, x)
+
+
+def divide(x: T, denominator: Scalar | Array) -> T:
+    """``x / denominator``."""
+    return jax.tree.map(lambda leaf: leaf / _cast(denominator, leaf), x)
 
 
 def add_scaled(x: T, coefficient: Scalar | Array, direction: T) -> T:
@@ -89,6 +95,9 @@ def accumulation_dtype(x: object) -> np.dtype:
 def vdot(x: T, y: T) -> Array:
     """``<x, y>`` over all leaves, accumulated in float32 at least; complex numbers are pairs of real ones.
 
+    Products of entries under- and overflow at the root of the dtype's range: where units may be anything, divide by
+    ``magnitude`` first.
+
     Product, then sum: a contraction over a sharded axis is ambiguous under explicit sharding.
     """
     dtype = accumulation_dtype((x, y))
@@ -105,10 +114,49 @@ def _widen(x: T) -> T:
 
 
 def norm(x: object) -> Array:
-    """The Euclidean norm over all leaves; its derivative at zero is zero, not NaN."""
-    squared = vdot(x, x)
+    """The Euclidean norm over all leaves, whatever their units; its derivative at zero is zero, not NaN.
+
+    Entries are scaled by a power of two before they are squared: nothing under- or overflows whose norm does not, and
+    no digit differs from the plain root of the sum where that is representable.
+    """
+    scale = magnitude(x)
+    squared = vdot(*(unscaled(x, scale),) * 2)
     positive = squared > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, jnp.ones_like(squared))), squared)
+    return jnp.where(positive, scale * jnp.sqrt(jnp.where(positive, squared, jnp.ones_like(squared))), squared)
+
+
+def magnitude(x: object) -> Array:
+    """A power of two within a factor of two below the largest entry, without a derivative; 1 where there is none.
+
+    ``unscaled(x, magnitude(x))`` has entries of size 1, so that its squares and inner products are safe.
+    """
+    dtype = accumulation_dtype(x)
+    sizes = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(jax.lax.stop_gradient(x))]
+    return power_of_two(functools.reduce(jnp.maximum, sizes, jnp.zeros((), dtype)))
+
+
+def power_of_two(size: Array) -> Array:
+    """The power of two within a factor of two below a positive number; 1 for zero, a NaN or an infinity.
+
+    It is held within a factor of four of the ends of the dtype, so that it and its inverse are normal numbers.
+    """
+    info = jnp.finfo(size.dtype)
+    bits, exponent = (np.int64, 0x7FF << 52) if info.bits == 64 else (np.int32, 0xFF << 23)
+    held = jnp.clip(size, 4 * info.tiny, 0.25 / info.tiny)
+    held = jnp.where((size > 0) & jnp.isfinite(size), held, jnp.ones_like(size))
+    whole = jax.lax.bitcast_convert_type(held, bits) & np.asarray(exponent, bits)
+    return jax.lax.bitcast_convert_type(whole, size.dtype)
+
+
+def unscaled(x: T, scale: Array) -> T:
+    """``x / scale`` for a power of two, in the dtype of the scale; exact where nothing underflows."""
+    inverse = 1 / scale
+
+    def divided(leaf: Array) -> Array:
+        kind = np.result_type(leaf.dtype, scale.dtype) if jnp.iscomplexobj(leaf) else scale.dtype
+        return leaf.astype(kind) * inverse.astype(kind)
+
+    return jax.tree.map(divided, x)
 
 
 def all_finite(x: object) -> Array:

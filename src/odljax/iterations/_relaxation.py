@@ -84,13 +84,9 @@ def project(
     is_callable("project", "projection", projection, "x, theta")
     operator = iteration.operator
     if operator is not None:
-        projector = Operator(projection, name="project")
-        operator = compose(
-            projector,
-            operator,
-            metric=operator.metric,
-            metric_inverse=operator.metric_inverse,
-            readout=operator.readout,
+        kept = {name: getattr(operator, name) for name in ("metric", "metric_inverse", "readout")}
+        operator = dataclasses.replace(
+            compose(Operator(projection, name="project"), operator, **kept), step_size=operator.step_size
         )
 
     def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:

@@ -9,7 +9,7 @@ from ._forward_backward_forward import forward_backward_forward
 from ._gradient import forward_backward, gradient
 from ._hard_thresholding import hard_thresholding
 from ._multipliers import linearized_alm, proximal_alm
-from ._operator import Operator, as_operator, averaged, compose
+from ._operator import Operator, Residual, as_operator, averaged, compose
 from ._preconditioned import preconditioned_forward_backward
 from ._primal_dual import chambolle_pock, condat_vu
 from ._quadratic_program import (
@@ -29,6 +29,7 @@ __all__ = [
     "PrimalDual",
     "QPVariables",
     "QuadraticProgram",
+    "Residual",
     "SplitVariables",
     "admm",
     "as_operator",

@@ -62,7 +62,7 @@ def gradient(objective: Objective, step_size: Coefficient) -> Operator:
         _, slope = value_and_gradient("gradient", objective, x, theta)
         return _tree.scale(step(theta), slope)
 
-    return Operator(apply, displacement, symmetric=True, name="gradient")
+    return Operator(apply, displacement, symmetric=True, step_size=step, name="gradient")
 
 
 def forward_backward(objective: Objective, prox: Prox, step_size: Coefficient) -> Operator:
@@ -107,7 +107,7 @@ def forward_backward(objective: Objective, prox: Prox, step_size: Coefficient) -
         forward, backward, shift = pieces(x, theta)
         return _tree.add(_tree.subtract(forward, backward), shift)
 
-    return Operator(lambda x, theta: pieces(x, theta)[1], displacement, name="forward_backward")
+    return Operator(lambda x, theta: pieces(x, theta)[1], displacement, step_size=step, name="forward_backward")
 
 
 def forward_backward_step(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Generic
+from functools import partial
+from typing import Any, Generic, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,6 +14,21 @@ from .. import _tree, linear
 from .._checks import as_inner, coefficient_of_theta, is_callable, record, same_as
 from .._types import Coefficient, Theta, X
 from ._weights import solve_definite
+
+
+class Residual(NamedTuple):
+    """One part of what vanishes at a solution, and what its size is compared with.
+
+    Attributes:
+        value: a pytree that is zero at the solution and depends on no step size, relaxation or penalty: a gradient, a
+            prox-gradient map, a violated constraint.
+        scale: a tuple of pytrees in the unit of ``value``, the terms that cancel in it; the largest of their norms is
+            what a relative tolerance is relative to. None: nothing at hand has that unit (that of a gradient);
+            solvers then measure along the walk how much the value changes with x, and take that times ``||x||``.
+    """
+
+    value: Any
+    scale: tuple[Any, ...] | None = None
 
 
 @record
@@ -33,6 +50,10 @@ class Operator(Generic[X, Theta]):
             ADMM and network maps.
         readout: ``(x, theta) -> answer``, where x is not itself what the user wants: the governing sequence of
             Douglas-Rachford, primal and dual variables together. None: the answer is x. Call it through ``answer``.
+        step_size: ``theta -> number``, by which the displacement is divided to be free of the step: the step size of a
+            gradient step. None: 1.
+        natural_residual: ``(x, theta) -> parts``, a tuple of ``Residual``: what a tolerance is set on, part by part,
+            each in its own unit. None: the displacement over the step size; compared with x where there is none.
         certificate: ``(x, displacement, theta) -> code``, a whole number: a code of ``odl.Status`` if the displacement
             ``x - T(x, theta)`` proves that there is no fixed point, else -1. (The displacements of a non-expansive map
             without a fixed point converge to one vector.) ``until_converged`` asks it. None: nothing is asked.
@@ -52,6 +73,8 @@ class Operator(Generic[X, Theta]):
     symmetric: bool = False
     readout: Callable[[X, Theta], Any] | None = None
     certificate: Callable[[X, X, Theta], Array] | None = None
+    step_size: Callable[[Theta], Any] | None = None
+    natural_residual: Callable[[X, Theta], tuple[Residual, ...]] | None = None
     name: str = "operator"
 
     def __post_init__(self) -> None:
@@ -71,6 +94,16 @@ def displacement(operator: Operator[X, Theta], x: X, theta: Theta) -> X:
     if operator.displacement is None:
         return _tree.subtract(x, operator(x, theta))
     return same_as(operator.name, "the operator's displacement", operator.displacement(x, theta), x)
+
+
+def natural_residual(operator: Operator[X, Theta], x: X, theta: Theta) -> tuple[Residual, ...]:
+    """What vanishes at a solution, part by part, free of step sizes, relaxations and penalties."""
+    if operator.natural_residual is not None:
+        return operator.natural_residual(x, theta)
+    away = displacement(operator, x, theta)
+    if operator.step_size is None:
+        return (Residual(away, (x,)),)
+    return (Residual(_tree.divide(away, operator.step_size(theta))),)
 
 
 def as_operator(T: Operator[X, Theta] | Callable[[X, Theta], X]) -> Operator[X, Theta]:
@@ -133,6 +166,7 @@ def averaged(
         symmetric=operator.symmetric,
         readout=operator.readout,
         certificate=operator.certificate,  # a direction: the relaxation scales it
+        natural_residual=partial(natural_residual, operator),
         name=f"averaged({operator.name})",
     )
 
@@ -183,8 +217,13 @@ def compose(
 
 
 def residual(operator: Operator[X, Theta], x: X, theta: Theta) -> Array:
-    """``||x - T(x, theta)||``, in the Euclidean norm over all leaves."""
-    return jnp.asarray(_tree.norm(displacement(operator, x, theta)))
+    """The size of the natural residual, that of its largest part."""
+    return largest_part(natural_residual(operator, x, theta))
+
+
+def largest_part(parts: tuple[Residual, ...]) -> Array:
+    """The largest norm of the parts."""
+    return functools.reduce(jnp.maximum, [_tree.norm(part.value) for part in parts])
 
 
 def inverse_metric(operator: Operator[X, Theta]) -> Callable[[X, Theta], X] | None:
