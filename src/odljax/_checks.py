@@ -33,6 +33,23 @@ def record(cls: type[T]) -> type[T]:
     return jax.tree_util.register_static(cls)
 
 
+def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled at its first call for arguments of each shape where nothing else compiles it.
+
+    Inside ``jit``, ``scan`` and the like it is called as it is, and so it is with arguments that are no arrays.
+    """
+    jitted = jax.jit(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        kinds = (Array, np.ndarray, np.inexact, float, complex)
+        arrays = all(isinstance(leaf, kinds) for leaf in jax.tree.leaves(arguments))
+        staged = isinstance(jnp.zeros(()), Tracer)
+        return jitted(*arguments) if arrays and not staged else function(*arguments)
+
+    return call
+
+
 def leaf_name(path: Any) -> str:
     """The path of a leaf as the user would index it; the empty path is the value itself."""
     return jax.tree_util.keystr(path) or "(itself)"

@@ -60,13 +60,14 @@ STATUS_MESSAGES: dict[Status, str] = {
     Status.CONVERGED: "the residual is within the tolerance",
     Status.COMPLETED: "all the steps asked for were taken (no tolerance was set)",
     Status.STEP_BUDGET_SPENT: (
-        "the step budget was spent before the tolerance was met; raise max_steps, loosen tol or use a faster iteration"
+        "the step budget was spent before the residual was small; raise max_steps or num_steps, loosen tol or use a "
+        "faster iteration"
     ),
     Status.STALLED: (
         "the residual stopped falling above the tolerance: at the rounding level of this dtype (loosen tol, or solve "
         "in float64) or, in a linear solve, because the matrix is singular or not positive definite"
     ),
-    Status.DIVERGED: "the residual grew beyond 1e6 times the scale of its start; take a smaller step size",
+    Status.DIVERGED: "the residual grew without bound; take a smaller step size",
     Status.PRIMAL_INFEASIBLE: (
         "the constraints contradict each other: the steps converge to a proof that no point meets them; relax them"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,11 +14,13 @@ from jax import Array
 from .. import _tree
 from .._checks import is_a
 from .._types import Theta, X
-from ..solvers import Solution, Solver, for_steps, until_converged
+from ..solvers import Solution, Solver, for_steps
+from ..solvers._solver import stopping_loop
+from ._failure import check_policy, with_alarm
 from ._moving import hoisted, recomputed
 
 
-def forward(solver: Solver[X, Theta]) -> Solver[X, Theta]:
+def forward(solver: Solver[X, Theta], *, on_failure: str = "warn") -> Solver[X, Theta]:
     r"""Returns the solver differentiated through all its steps in one forward pass, whatever mode asks.
 
     .. math:: Z_0 = \frac{d x_0}{d \theta}, \qquad Z_{k+1} = \partial_x \Phi_k(x_k, \theta)\, Z_k
@@ -31,13 +34,16 @@ def forward(solver: Solver[X, Theta]) -> Solver[X, Theta]:
     When: few hyperparameters and many steps. The derivative is that of ``unrolled``.
 
     Args:
-        solver: from ``for_steps`` or ``until_converged``, or another derivative of one.
+        solver: from ``for_steps`` or ``until_converged``, or another derivative of one. As in ``unrolled`` the latter
+            takes one step at least.
+        on_failure: what a failed solve does to a derivative, as in ``implicit``.
 
     Returns:
         A solver with the same solutions; all fields but x carry no derivative.
 
     Raises:
         TypeError: ``solver`` is none.
+        ValueError: an unknown ``on_failure``.
 
     Cost: for p numbers that are differentiated, the steps and p Jacobian products of each, memory p + 1 iterates and
     states, whatever the number of steps; a derivative of order n accumulates :math:`p^n` products.
@@ -52,10 +58,9 @@ def forward(solver: Solver[X, Theta]) -> Solver[X, Theta]:
         2.0
     """
     is_a("forward", "solver", solver, Solver, "Make one with for_steps or until_converged.")
-    bare = _bare(solver)
 
     def run(x0: X, theta: Theta) -> tuple[X, Any]:
-        solution = bare.solve(x0, theta)
+        solution = _steps(solver, x0, theta)
         return solution.x, solution._replace(x=None)
 
     def solve(x0: X, theta: Theta) -> Solution:
@@ -63,16 +68,18 @@ def forward(solver: Solver[X, Theta]) -> Solver[X, Theta]:
         x, rest = _accumulated(function, (x0, theta, *captured))
         return rest._replace(x=x)
 
-    return dataclasses.replace(solver, solve=solve, derivative="forward", adjoint=None, differentiate=forward)
+    again = partial(forward, on_failure=on_failure)
+    steps = dataclasses.replace(solver, solve=solve, derivative="forward", adjoint=None, differentiate=again)
+    return with_alarm(steps, check_policy("forward", on_failure))
 
 
-def _bare(solver: Solver) -> Solver:
-    """The solver without a derivative transform."""
-    options = {"history": solver.history, "record": solver.record}
+def _steps(solver: Solver, x0: Any, theta: Any) -> Solution:
+    """The solver's steps, without a derivative transform."""
     if solver.tolerance is None:
-        return for_steps(solver.iteration, solver.num_steps, **options)
-    tol, relative_tol = solver.tolerance
-    return until_converged(solver.iteration, tol=tol, relative_tol=relative_tol, max_steps=solver.num_steps, **options)
+        bare = for_steps(solver.iteration, solver.num_steps, history=solver.history, record=solver.record)
+        return bare.solve(x0, theta)
+    options = (solver.iteration, solver.tolerance, solver.num_steps, solver.history, solver.record)
+    return stopping_loop(*options, x0, theta, differentiated=True)
 
 
 def _accumulated(function: Callable[..., Any], operands: tuple[Any, ...]) -> tuple[Any, Any]:

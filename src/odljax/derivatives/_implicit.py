@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax import Array
 
 from .. import _tree
 from .._checks import is_a
-from .._types import STATUS_MESSAGES, Status, Theta, X
+from .._types import Status, Theta, X
 from ..linear import LinearInfo, LinearSolver, cg, differentiable_solve, gmres, identity
 from ..operators import Operator
 from ..operators._operator import displacement
 from ..solvers import Adjoint, Solution, Solver
+from ..solvers._solver import residual_at
+from ._failure import adjoint_failed, check_policy, facts_of, reported, solve_failed, teller
 from ._moving import hoisted, moving
 from ._unrolled import stopped
+
+_NEAR = 1e-3  # a relative residual at which the derivative of a fixed point is still that of the steps
 
 
 def implicit(
@@ -38,12 +43,17 @@ def implicit(
         solver: from ``for_steps`` or ``until_converged``; its iteration needs an operator.
         linear_solver: from ``odl.linear``. Default: conjugate gradients where the operator is declared symmetric, else
             GMRES.
-        on_failure: what a failed adjoint solve does under plain ``jax.grad``, which has no channel for its status:
-            "warn" (a RuntimeWarning at run time, with status and residual) or "ignore", which ``jax.export`` needs: it
-            takes no host callbacks. It never stops the run. A ``Hypergradient`` reports it in ``info`` instead.
+        on_failure: what a failed solve, forward or adjoint, does to a derivative under plain ``jax.grad``, which has
+            no channel for its status: "warn" (a RuntimeWarning at run time, with status and residual), "raise" (a
+            RuntimeError there) or "ignore". It is the derivative that tells: a solve that nobody differentiates has its
+            status, and a ``Hypergradient`` says it in ``info``. Programs that are exported, or for JAX's persistent
+            compilation cache where that is on, cannot call the host and carry no alarm. An adjoint whose right side
+            is zero to the rounding of a loss of order 1 is exact whatever its status, and silent.
 
     Returns:
-        A solver with the same solutions; all fields but x carry no derivative.
+        A solver with the same solutions; all fields but x carry no derivative. Of ``for_steps`` the status is
+        STEP_BUDGET_SPENT where the residual is neither a thousandth of its scale nor of the first one: the
+        derivative is that of a fixed point, which this is not.
 
     Raises:
         TypeError: the iteration has no operator, ``solver`` or ``linear_solver`` is none; conjugate gradients asked for
@@ -62,13 +72,7 @@ def implicit(
         >>> round(float(jax.grad(lambda theta: solver(1.0, theta).x)(4.0)), 4)  # 1 / (2 sqrt(theta))
         0.25
     """
-    is_a("implicit", "solver", solver, Solver, "Make one with for_steps or until_converged.")
-    operator = solver.iteration.operator
-    if operator is None:
-        raise TypeError(
-            f"implicit: the derivative at a fixed point needs an operator, and {solver.iteration.name} has none. "
-            f"Use unrolled, which differentiates the steps themselves."
-        )
+    operator = check_operator("implicit", solver)
     if linear_solver is None:
         linear_solver = cg() if operator.symmetric else gmres()
     is_a("implicit", "linear_solver", linear_solver, LinearSolver, "Make one with odl.linear, for instance cg().")
@@ -78,19 +82,40 @@ def implicit(
             f"{operator.name} is not declared symmetric. Use gmres, bicgstab or neumann, or declare "
             f"Operator(T, symmetric=True) if it is."
         )
-    if on_failure not in ("warn", "ignore"):
-        raise ValueError(f"implicit: on_failure must be 'warn' or 'ignore'; {on_failure!r} came.")
+    return _at_the_solution(solver, linear_solver, check_policy("implicit", on_failure), "implicit")
+
+
+def _at_the_solution(solver: Solver, linear_solver: LinearSolver, on_failure: str, derivative: str) -> Solver:
+    operator = cast(Operator, solver.iteration.operator)
+    exact = derivative == "implicit"
 
     def solve(x0: X, theta: Theta) -> Solution:
-        solution = stopped(solver.solve, x0, theta)
-        x = _attach(operator, linear_solver, on_failure == "warn", solution.x, theta)
+        solution = settled(solver, x0, theta) if exact else stopped(solver.solve, x0, theta)
+        x = _attach(operator, linear_solver, alarm(derivative, on_failure), solution, theta)
         return solution._replace(x=x)
 
-    adjoint = Adjoint(partial(pull_back, operator, linear_solver))
-    return dataclasses.replace(solver, solve=solve, derivative="implicit", adjoint=adjoint, differentiate=None)
+    return dataclasses.replace(
+        solver,
+        solve=solve,
+        derivative=derivative,
+        adjoint=Adjoint(partial(pull_back, operator, linear_solver)),
+        differentiate=None,
+        quiet=None if on_failure == "ignore" else _at_the_solution(solver, linear_solver, "ignore", derivative),
+    )
 
 
-def one_step(solver: Solver[X, Theta]) -> Solver[X, Theta]:
+def settled(solver: Solver, x0: Any, theta: Any) -> Solution:
+    """The solution without its own derivative; a fixed number of steps must have come near a fixed point."""
+    solution = stopped(solver.solve, x0, theta)
+    if solver.tolerance is not None:
+        return solution
+    first = residual_at(solver.iteration, x0, theta)
+    far = (solution.relative_residual > _NEAR) & (solution.residual > _NEAR * first)
+    status = jnp.where(far, jnp.maximum(solution.status, Status.STEP_BUDGET_SPENT), solution.status)
+    return solution._replace(status=status.astype(solution.status.dtype))
+
+
+def one_step(solver: Solver[X, Theta], *, on_failure: str = "warn") -> Solver[X, Theta]:
     r"""Returns the solver differentiated through one application of its operator at the solution.
 
     .. math:: \frac{dx}{d\theta} \approx \partial_\theta T
@@ -100,9 +125,11 @@ def one_step(solver: Solver[X, Theta]) -> Solver[X, Theta]:
 
     Args:
         solver: from ``for_steps`` or ``until_converged``; its iteration needs an operator.
+        on_failure: what a failed solve does to a derivative, as in ``implicit``.
 
     Raises:
         TypeError: the iteration has no operator.
+        ValueError: an unknown ``on_failure``.
 
     Cost: one Jacobian product of T, no linear solve.
 
@@ -115,28 +142,70 @@ def one_step(solver: Solver[X, Theta]) -> Solver[X, Theta]:
         >>> float(jax.grad(lambda theta: solver(0.0, theta).x)(1.0))  # the truth is 1 / 0.9
         1.0
     """
-    return dataclasses.replace(implicit(solver, identity()), derivative="one_step")
+    check_operator("one_step", solver)
+    return _at_the_solution(solver, identity(), check_policy("one_step", on_failure), "one_step")
 
 
-def _attach(operator: Operator, linear_solver: LinearSolver, warn: bool, x: Any, theta: Any) -> Any:
+def check_operator(who: str, solver: Any) -> Operator:
+    """The operator of the solver's iteration; refuses a solver without one."""
+    is_a(who, "solver", solver, Solver, "Make one with for_steps or until_converged.")
+    operator = solver.iteration.operator
+    if operator is None:
+        raise TypeError(
+            f"{who}: the derivative at a fixed point needs an operator, and {solver.iteration.name} has none. "
+            f"Use unrolled, which differentiates the steps themselves."
+        )
+    return operator
+
+
+def _attach(
+    operator: Operator, linear_solver: LinearSolver, alarm: Alarm | None, solution: Solution, theta: Any
+) -> Any:
     """``x`` with the implicit derivative in theta and in the tracers that the operator closes over."""
+    x = solution.x
     function, captured = hoisted(partial(displacement, operator), x, theta)
     solver_of, held = _hoisted_solver(linear_solver, x)
 
     def tangent(x: Any, operands: Any, tangents: Any) -> Any:
-        theta, captured, held = operands
+        theta, captured, held, facts = operands
 
         def solve(matvec: Any, b: Any) -> Any:
             v, info = solver_of(held)(matvec, b)
-            if warn:
-                _report(info)
-            return v
+            return v if alarm is None else alarm(v, facts, info, b, x)
 
         _, moved = jax.jvp(lambda theta, captured: function(x, theta, *captured), operands[:2], tangents[:2])
         _, matvec = jax.linearize(lambda x: function(x, theta, *captured), x)
         return differentiable_solve(matvec, _tree.negative(moved), solve, symmetric=linear_solver.symmetric)
 
-    return moving(x, (theta, captured, held), tangent)
+    return moving(x, (theta, captured, held, facts_of(solution)), tangent)
+
+
+Alarm = Callable[[Any, tuple[Array, Array], LinearInfo, Any, Any], Any]
+
+
+def alarm(who: str, on_failure: str) -> Alarm | None:
+    """``(v, facts of the forward solve, info, b, x) -> v``, which tells the host if one of the two solves failed."""
+    if on_failure == "ignore":
+        return None
+
+    def describe(worst: int, status: int, residual: float, adjoint: int, adjoint_residual: float) -> str:
+        failed = status >= Status.STEP_BUDGET_SPENT
+        return solve_failed(status, residual) if failed else adjoint_failed(adjoint, adjoint_residual)
+
+    tell = teller(who, on_failure, describe)
+
+    def sound(v: Any, facts: tuple[Array, Array], info: LinearInfo, b: Any, x: Any) -> Any:
+        adjoint = jnp.where(negligible(b, x, 1.0), Status.CONVERGED, info.status)
+        return reported(v, (jnp.maximum(facts[0], adjoint), *facts, adjoint, info.residual), tell)
+
+    return sound
+
+
+def negligible(cotangent: Any, x: Any, value: Any) -> Array:
+    """Whether the cotangent of x is zero to the rounding of a loss of this value."""
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
+    size = _tree.norm(jax.lax.stop_gradient(x))
+    return _tree.norm(cotangent) * size <= 10 * eps * jnp.abs(jnp.asarray(value)).astype(size.dtype)
 
 
 def _hoisted_solver(linear_solver: LinearSolver, x: Any) -> tuple[Any, list[Any]]:
@@ -146,25 +215,6 @@ def _hoisted_solver(linear_solver: LinearSolver, x: Any) -> tuple[Any, list[Any]
     renew = linear_solver.preconditioned
     function, held = hoisted(linear_solver.preconditioner, x)
     return lambda held: renew(lambda v: function(v, *held)), jax.lax.stop_gradient(held)
-
-
-def _report(info: LinearInfo) -> None:
-    """Warns at run time if the linear solve failed; under ``vmap`` the branch is a select, so the host looks again."""
-
-    def warn(status: Any, residual: Any) -> None:
-        for code, size in zip(np.ravel(status), np.ravel(residual), strict=True):
-            if code >= Status.STEP_BUDGET_SPENT:
-                warnings.warn(
-                    f"implicit: the adjoint solve failed ({Status(int(code)).name}, relative residual {size:.1e}): "
-                    f"{STATUS_MESSAGES[Status(int(code))]}. The derivative is not to be trusted.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-
-    def tell() -> None:
-        jax.debug.callback(warn, info.status, info.residual)
-
-    jax.lax.cond(info.status >= Status.STEP_BUDGET_SPENT, tell, lambda: None)
 
 
 def pull_back(

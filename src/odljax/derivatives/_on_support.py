@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,13 +14,14 @@ from jax import Array
 
 from .. import _tree
 from .._checks import count, describe, is_a, is_callable, leaf_name
-from .._types import STATUS_MESSAGES, Status, Theta, X
+from .._types import Status, Theta, X
 from ..linear import LinearInfo, LinearSolver, cg, differentiable_solve, gmres
 from ..operators import as_operator
 from ..operators._operator import displacement
 from ..solvers import Adjoint, Solution, Solver
+from ._failure import adjoint_failed, check_policy, facts_of, reported, solve_failed, teller
+from ._implicit import check_operator, negligible, settled
 from ._moving import hoisted, moving
-from ._unrolled import stopped
 
 
 def on_support(
@@ -72,7 +72,7 @@ def on_support(
         symmetric: declares that :math:`I - \partial_{x_S} T_S` is symmetric positive definite: true for proximal
             gradient steps on the l1 norm, the elastic net and boxes, and for the gradient of a loss that is smooth on
             the support; not for groups under ``prox.group_lasso``.
-        on_failure: "warn" or "ignore", as in ``implicit``.
+        on_failure: what a failed solve does to a derivative, as in ``implicit``.
 
     Returns:
         A solver with the same solutions; all fields but x carry no derivative. ``through`` and ``warm_started`` report
@@ -104,14 +104,8 @@ def on_support(
         >>> [round(float(entry), 3) for entry in jax.jacobian(lambda lam: solver(jnp.zeros(3), lam).x)(2.0)]
         [-0.25, 0.0, 0.0]
     """
-    is_a("on_support", "solver", solver, Solver, "Make one with for_steps or until_converged.")
+    operator = check_operator("on_support", solver)
     capacity = count("on_support", "capacity", capacity)
-    operator = solver.iteration.operator
-    if operator is None:
-        raise TypeError(
-            f"on_support: the derivative at a fixed point needs an operator, and {solver.iteration.name} has none. "
-            f"Use unrolled, which differentiates the steps themselves."
-        )
     if linear_solver is None:
         linear_solver = cg() if symmetric else gmres()
     is_a("on_support", "linear_solver", linear_solver, LinearSolver, "Make one with odl.linear, for instance cg().")
@@ -124,17 +118,25 @@ def on_support(
         is_callable("on_support", "active", active, "x, theta")
     if restrict is not None:
         is_callable("on_support", "restrict", restrict, "indices" if active is None else "indices, rest")
-    if on_failure not in ("warn", "ignore"):
-        raise ValueError(f"on_support: on_failure must be 'warn' or 'ignore'; {on_failure!r} came.")
-
+    check_policy("on_support", on_failure)
     problem = _Problem(partial(displacement, operator), active, rows, restrict, capacity, linear_solver, symmetric)
 
-    def solve(x0: X, theta: Theta) -> Solution:
-        solution = stopped(solver.solve, x0, theta)
-        return solution._replace(x=_attach(problem, on_failure == "warn", solution.x, theta))
+    return _on_support(solver, problem, on_failure)
 
-    adjoint = Adjoint(partial(_pull_back, problem))
-    return dataclasses.replace(solver, solve=solve, derivative="on_support", adjoint=adjoint, differentiate=None)
+
+def _on_support(solver: Solver, problem: _Problem, on_failure: str) -> Solver:
+    def solve(x0: X, theta: Theta) -> Solution:
+        solution = settled(solver, x0, theta)
+        return solution._replace(x=_attach(problem, on_failure, solution, theta))
+
+    return dataclasses.replace(
+        solver,
+        solve=solve,
+        derivative="on_support",
+        adjoint=Adjoint(partial(_pull_back, problem)),
+        differentiate=None,
+        quiet=None if on_failure == "ignore" else _on_support(solver, problem, "ignore"),
+    )
 
 
 class _Support(NamedTuple):
@@ -187,31 +189,36 @@ class _Problem(NamedTuple):
         return jnp.where(valid, left, x_S)
 
 
-def _attach(problem: _Problem, warn: bool, x: Any, theta: Any) -> Any:
+def _attach(problem: _Problem, on_failure: str, solution: Solution, theta: Any) -> Any:
     """``x`` with the derivative on the support, in theta and in the tracers that the functions close over."""
+    x, tell = solution.x, None if on_failure == "ignore" else _teller(on_failure, problem.capacity)
     support = problem.support(x, theta)
     direct, captured = hoisted(problem.direct, x, theta)
     start = (_gathered(support, x), theta, _off(support, x), support.indices, support.valid)
     system, captured_on = hoisted(problem.system, *start)
 
     def tangent(x: Any, operands: Any, tangents: Any) -> Any:
-        (theta, captured, captured_on, support), (d_theta, d_captured, d_captured_on, _) = operands, tangents
+        (theta, captured, captured_on, support, facts), (d_theta, d_captured, d_captured_on, *_) = operands, tangents
         x_S, rest = _gathered(support, x), _off(support, x)
         d_rest, leak = _tree.zeros_like(x), jnp.zeros((), _tree.accumulation_dtype(x))
         if problem.moves_off:
             at_x = lambda theta, captured: direct(x, theta, *captured)  # noqa: E731
             _, moved = jax.jvp(at_x, (theta, captured), (d_theta, d_captured))
             d_rest = _off(support, _tree.negative(moved))
-            leak = _leak(lambda x: direct(x, theta, *captured), x, support) if warn else leak
+            leak = _leak(lambda x: direct(x, theta, *captured), x, support) if tell else leak
 
         def on(x_S: Array, theta: Any, rest: Any, captured_on: Any) -> Array:
             return system(x_S, theta, rest, support.indices, support.valid, *captured_on)
 
         def solve(matvec: Any, b: Any) -> Any:
             v, info = problem.linear_solver(matvec, b)
-            if warn:
-                _report(_truth(info, support, leak), support, problem.capacity)
-            return v
+            if tell is None:
+                return v
+            info = _truth(info, support, leak)
+            adjoint = jnp.where(negligible(b, x, 1.0), Status.CONVERGED, info.status)
+            full = support.size > support.indices.size
+            worst = jnp.where(full, Status.NON_FINITE, jnp.maximum(facts[0], adjoint))
+            return reported(v, (worst, *facts, adjoint, info.residual, support.size), tell)
 
         at_x_S = partial(on, x_S)
         _, moved = jax.jvp(at_x_S, (theta, rest, captured_on), (d_theta, d_rest, d_captured_on))
@@ -219,7 +226,7 @@ def _attach(problem: _Problem, warn: bool, x: Any, theta: Any) -> Any:
         d_S = differentiable_solve(matvec, -moved, solve, symmetric=problem.symmetric)
         return _poisoned(support, _tree.add(_scattered(support.indices, d_S, x), d_rest))
 
-    return moving(x, (theta, captured, captured_on, support), tangent)
+    return moving(x, (theta, captured, captured_on, support, facts_of(solution)), tangent)
 
 
 def _pull_back(problem: _Problem, x: Any, theta: Any, cotangent: Any, guess: Any = None) -> tuple[Any, Any, LinearInfo]:
@@ -328,28 +335,18 @@ def _truth(info: LinearInfo, support: _Support, leak: Array) -> LinearInfo:
     return LinearInfo(residual, info.num_steps, jnp.where(full, Status.NON_FINITE, status).astype(info.status.dtype))
 
 
-def _report(info: LinearInfo, support: _Support, capacity: int) -> None:
-    """Warns at run time if the derivative failed; under ``vmap`` the branch is a select, so the host looks again."""
+def _teller(on_failure: str, capacity: int) -> Callable[..., None]:
+    """Tells the host which of forward solve, capacity and adjoint solve failed."""
 
-    def warn(status: Any, residual: Any, size: Any) -> None:
-        rows = np.broadcast_arrays(np.ravel(status), np.ravel(residual), np.ravel(size))
-        for code, error, entries in zip(*rows, strict=True):
-            if code < Status.STEP_BUDGET_SPENT:
-                continue
-            if entries > capacity:
-                text = (
-                    f"the support has {entries} entries and the capacity is {capacity}, so the derivative is NaN. "
-                    f"Raise the capacity, or look whether small entries ought to be zero."
-                )
-            else:
-                text = (
-                    f"the adjoint solve failed ({Status(int(code)).name}, relative residual {error:.1e}): "
-                    f"{STATUS_MESSAGES[Status(int(code))]}; or entries off the support react to x (a kink, or a mask "
-                    f"that leaves out entries that move). The derivative is not to be trusted."
-                )
-            warnings.warn(f"on_support: {text}", RuntimeWarning, stacklevel=2)
+    def describe(worst: int, status: int, residual: float, adjoint: int, adjoint_residual: float, size: int) -> str:
+        if status >= Status.STEP_BUDGET_SPENT:
+            return solve_failed(status, residual)
+        if size > capacity:
+            return (
+                f"the support has {size} entries and the capacity is {capacity}, so the derivative is NaN. "
+                f"Raise the capacity, or look whether small entries ought to be zero."
+            )
+        hint = "; or entries off the support react to x (a kink, or a mask that leaves out entries that move)"
+        return adjoint_failed(adjoint, adjoint_residual, hint)
 
-    def tell() -> None:
-        jax.debug.callback(warn, info.status, info.residual, support.size)
-
-    jax.lax.cond(info.status >= Status.STEP_BUDGET_SPENT, tell, lambda: None)
+    return teller("on_support", on_failure, describe)

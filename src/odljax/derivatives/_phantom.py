@@ -12,10 +12,13 @@ from .._checks import count, is_a, number
 from .._types import Scalar, Theta, X
 from ..operators._operator import displacement
 from ..solvers import Solution, Solver
+from ._failure import check_policy, with_alarm
 from ._unrolled import from_the_solution
 
 
-def phantom(solver: Solver[X, Theta], num_steps: int, damping: Scalar = 0.5) -> Solver[X, Theta]:
+def phantom(
+    solver: Solver[X, Theta], num_steps: int, damping: Scalar = 0.5, *, on_failure: str = "warn"
+) -> Solver[X, Theta]:
     r"""Returns the solver differentiated through J damped applications of its operator at the solution.
 
     .. math:: y_0 = x^\star \text{ (detached)}, \quad y_{j+1} = y_j + \lambda (T(y_j, \theta) - y_j), \qquad
@@ -32,10 +35,11 @@ def phantom(solver: Solver[X, Theta], num_steps: int, damping: Scalar = 0.5) -> 
         solver: from ``for_steps`` or ``until_converged``; its iteration needs an operator.
         num_steps: J, at least 1, static.
         damping: :math:`\lambda` in (0, 2); above 1 only if T is itself averaged.
+        on_failure: what a failed solve does to a derivative, as in ``implicit``.
 
     Raises:
         TypeError: ``solver`` is none; its iteration has no operator.
-        ValueError: J below 1, a damping outside (0, 2).
+        ValueError: J below 1, a damping outside (0, 2), an unknown ``on_failure``.
 
     Cost: J applications of T; reverse mode stores J steps.
 
@@ -71,4 +75,5 @@ def phantom(solver: Solver[X, Theta], num_steps: int, damping: Scalar = 0.5) -> 
 
         return from_the_solution(solver, x0, theta, walk)
 
-    return dataclasses.replace(solver, solve=solve, derivative="phantom", adjoint=None, differentiate=None)
+    steps = dataclasses.replace(solver, solve=solve, derivative="phantom", adjoint=None, differentiate=None)
+    return with_alarm(steps, check_policy("phantom", on_failure))

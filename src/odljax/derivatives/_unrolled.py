@@ -25,17 +25,24 @@ from ..solvers._solver import (
     stopping_finish,
     stopping_start,
 )
+from ._failure import check_policy, with_alarm
 from ._moving import hoisted
 
 
 def unrolled(
-    solver: Solver[X, Theta], *, checkpoint_every: int | None = None, memory_budget: int | None = None
+    solver: Solver[X, Theta],
+    *,
+    checkpoint_every: int | None = None,
+    memory_budget: int | None = None,
+    on_failure: str = "warn",
 ) -> Solver[X, Theta]:
     r"""Returns the solver differentiated through all its steps, in forward and reverse mode.
 
     For ``until_converged`` the loop becomes a scan over the whole step budget in which an element that is done stays
     where it is (by selection, not by a branch: a branch would keep a copy of all data for each step). It costs
-    max_steps + 1 steps whenever it stops, and the memory of a plain scan.
+    max_steps + 1 steps whenever it stops, and the memory of a plain scan. It takes one step at least: a start that meets
+    the tolerance has no derivative in theta. Under ``vmap`` each element cuts its own finished steps off, so the
+    derivative in a theta that all share is formed element by element.
 
     When: the number of steps is part of the model; the fixed point is not unique or not differentiable; the iteration
     has no operator. The derivative tends to the implicit one as the steps grow, on any contraction.
@@ -48,13 +55,14 @@ def unrolled(
             segments are then nested to as few levels as fit. Counted are checkpoints (x and state) and what the steps
             of one innermost segment need, by their shapes; the working memory of a single step comes on top, and
             under ``vmap`` the budget is that of one element. None: no bound.
+        on_failure: what a failed solve does to a derivative, as in ``implicit``.
 
     Returns:
         A solver with the same solutions.
 
     Raises:
-        ValueError: a segment length or budget below 1, or both; at trace time, a budget that the deepest nesting does
-            not meet.
+        ValueError: a segment length or budget below 1, or both; an unknown ``on_failure``; at trace time, a budget that
+            the deepest nesting does not meet.
         TypeError: ``solver`` is none.
 
     Cost: reverse mode stores what each step needs, K times. With segments of c steps it stores K/c iterates and c
@@ -97,17 +105,19 @@ def unrolled(
     def stopping(x0: X, theta: Theta) -> Solution:
         tolerance = solver.tolerance
         assert tolerance is not None
-        body = stopping_body(iteration, tolerance, num_steps, theta, history, record)
+        body = stopping_body(iteration, tolerance, num_steps, theta, history, record, differentiated=True)
         start = stopping_start(iteration, x0, theta)
         carry, rows = scan(lambda carry, k: body(carry), start, num_steps + 1)
         return stopping_finish(carry, jax.tree.map(lambda column: column[:num_steps], rows))
 
     solve = fixed if solver.tolerance is None else stopping
-    again = partial(unrolled, checkpoint_every=checkpoint_every, memory_budget=memory_budget)
-    return dataclasses.replace(solver, solve=solve, derivative="unrolled", adjoint=None, differentiate=again)
+    options = {"checkpoint_every": checkpoint_every, "memory_budget": memory_budget, "on_failure": on_failure}
+    again = partial(unrolled, **options)
+    steps = dataclasses.replace(solver, solve=solve, derivative="unrolled", adjoint=None, differentiate=again)
+    return with_alarm(steps, check_policy("unrolled", on_failure))
 
 
-def truncated(solver: Solver[X, Theta], *, num_steps: int) -> Solver[X, Theta]:
+def truncated(solver: Solver[X, Theta], *, num_steps: int, on_failure: str = "warn") -> Solver[X, Theta]:
     r"""Returns the solver differentiated through its last steps only.
 
     For ``for_steps`` these are the last J of its K steps. For ``until_converged`` they are J further steps at the
@@ -119,9 +129,10 @@ def truncated(solver: Solver[X, Theta], *, num_steps: int) -> Solver[X, Theta]:
     Args:
         solver: from ``for_steps`` or ``until_converged``.
         num_steps: J, at least 1, at most the steps of ``for_steps``.
+        on_failure: what a failed solve does to a derivative, as in ``implicit``.
 
     Raises:
-        ValueError: J below 1 or above the number of steps.
+        ValueError: J below 1 or above the number of steps, an unknown ``on_failure``.
         TypeError: ``solver`` is none.
 
     Cost: reverse mode stores J steps.
@@ -170,7 +181,8 @@ def truncated(solver: Solver[X, Theta], *, num_steps: int) -> Solver[X, Theta]:
         return from_the_solution(solver, x0, theta, walk)
 
     solve = fixed if solver.tolerance is None else stopping
-    return dataclasses.replace(solver, solve=solve, derivative="truncated", adjoint=None, differentiate=None)
+    steps = dataclasses.replace(solver, solve=solve, derivative="truncated", adjoint=None, differentiate=None)
+    return with_alarm(steps, check_policy("truncated", on_failure))
 
 
 def from_the_solution(solver: Solver, x0: Any, theta: Any, walk: Callable[[Solution], Any]) -> Solution:

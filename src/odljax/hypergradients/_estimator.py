@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
-from .._checks import as_inner, differentiable, is_callable, record, same_as, scalar
+from .._checks import as_inner, compiled_once, differentiable, is_callable, record, same_as, scalar
 from .._types import State, Status, Theta, X
 from ..iterations import Iteration
 from ..operators import Operator
@@ -78,6 +78,9 @@ class Hypergradient(Generic[X, Theta]):
     init: Callable[..., State]
     update: Callable[..., tuple[Theta, State, Info]]
     name: str = "hypergradient"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "update", compiled_once(self.update))
 
 
 class Outer(NamedTuple):

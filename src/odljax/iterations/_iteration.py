@@ -12,7 +12,7 @@ import optax
 from .. import _tree
 from .._checks import coefficient, describe, is_a, is_callable, leaf_name, record, same_as
 from .._types import Coefficient, State, Step, Theta, X
-from ..operators import Operator, as_operator, forward_backward, gradient
+from ..operators import Operator, Residual, as_operator, forward_backward, gradient
 from ..operators._gradient import Objective, Prox, forward_backward_step, value_and_gradient
 
 
@@ -40,6 +40,20 @@ class Iteration(Generic[X, Theta]):
     operator: Operator[X, Theta] | None
     name: str
     num_layers: Callable[[Theta], int] | None = None
+
+
+class MeasuredStep:
+    """A step that also says the natural residual at the iterate it starts from, so that it is not computed twice.
+
+    Args:
+        measured: ``(x, state, theta, k) -> (x, state, parts)``.
+    """
+
+    def __init__(self, measured: Callable[[Any, State, Any, Step], tuple[Any, State, tuple[Residual, ...]]]):
+        self.measured = measured
+
+    def __call__(self, x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
+        return self.measured(x, state, theta, k)[:2]
 
 
 def stateless(x: Any, theta: Any) -> State:
@@ -86,9 +100,16 @@ def fixed_point(T: Operator[X, Theta] | Callable[[X, Theta], X]) -> Iteration[X,
         1.4142
     """
     operator = as_operator(T)
-    return Iteration(
-        stateless, lambda x, state, theta, k: (operator(x, theta), state), operator, f"fixed_point({operator.name})"
-    )
+
+    def measured(x: Any, state: State, theta: Any, k: Step) -> Any:
+        new = operator(x, theta)
+        return new, state, (Residual(_tree.subtract(x, new), (x,)),)
+
+    def plain(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
+        return operator(x, theta), state
+
+    own = operator.displacement or operator.natural_residual or operator.step_size
+    return Iteration(stateless, plain if own else MeasuredStep(measured), operator, f"fixed_point({operator.name})")
 
 
 def gradient_descent(objective: Objective, step_size: Coefficient) -> Iteration:
@@ -121,11 +142,11 @@ def gradient_descent(objective: Objective, step_size: Coefficient) -> Iteration:
     step_at = coefficient("gradient_descent", "step_size", step_size)
     operator = gradient(objective, first(step_at))
 
-    def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
+    def step(x: Any, state: State, theta: Any, k: Step) -> Any:
         _, slope = value_and_gradient("gradient_descent", objective, x, theta)
-        return _tree.subtract(x, _tree.scale(step_at(theta, k), slope)), state
+        return _tree.subtract(x, _tree.scale(step_at(theta, k), slope)), state, (Residual(slope),)
 
-    return Iteration(stateless, step, operator, "gradient_descent")
+    return Iteration(stateless, MeasuredStep(step), operator, "gradient_descent")
 
 
 def first(coefficient: Callable[[Any, Step], Any]) -> Callable[[Any], Any]:
@@ -163,10 +184,16 @@ def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) 
     step_at = coefficient("proximal_gradient", "step_size", step_size)
     operator = forward_backward(objective, prox, first(step_at))
 
-    def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
-        _, backward, _ = forward_backward_step(objective, prox, x, theta, step_at(theta, k))
-        return backward, state
+    def measured(x: Any, state: State, theta: Any, k: Step) -> Any:
+        size = step_at(theta, k)
+        forward, backward, shift = forward_backward_step(objective, prox, x, theta, size)
+        away = _tree.add(_tree.subtract(forward, backward), shift)
+        return backward, state, (Residual(_tree.divide(away, size)),)
 
+    def scheduled(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
+        return measured(x, state, theta, k)[:2]
+
+    step = scheduled if callable(step_size) else MeasuredStep(measured)  # the operator's step is that of k = 0
     return Iteration(stateless, step, operator, "proximal_gradient")
 
 
@@ -199,14 +226,14 @@ def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Iterat
     is_a("from_optax", "tx", tx, optax.GradientTransformation, hint)
     extended = optax.with_extra_args_support(tx)
 
-    def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
+    def step(x: Any, state: State, theta: Any, k: Step) -> Any:
         value, slope = value_and_gradient("from_optax", objective, x, theta)
         updates, state = extended.update(
             slope, state, x, value=value, grad=slope, value_fn=lambda x: objective(x, theta)
         )
-        return optax.apply_updates(x, updates), state
+        return optax.apply_updates(x, updates), state, (Residual(slope),)
 
-    return Iteration(lambda x, theta: extended.init(x), step, gradient(objective, 1.0), "from_optax")
+    return Iteration(lambda x, theta: extended.init(x), MeasuredStep(step), gradient(objective, 1.0), "from_optax")
 
 
 def layered(T: Operator | Callable[[Any, Any], Any]) -> Iteration:

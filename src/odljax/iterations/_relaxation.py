@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, cast
 
 from .. import _tree
 from .._checks import coefficient, is_callable, same_as
 from .._types import Coefficient, State, Step, Theta, X
 from ..operators import Operator, compose
-from ._iteration import Iteration, as_iteration
+from ._iteration import Iteration, MeasuredStep, as_iteration
 
 
 def krasnoselskii_mann(
@@ -48,7 +49,12 @@ def krasnoselskii_mann(
         target, state = iteration.step(x, state, theta, k)
         return _tree.interpolate(x, target, relax(theta, k)), state
 
-    return dataclasses.replace(iteration, step=step, name=f"krasnoselskii_mann({iteration.name})")
+    def measured(x: X, state: State, theta: Theta, k: Step) -> Any:
+        target, state, parts = cast(MeasuredStep, iteration.step).measured(x, state, theta, k)
+        return _tree.interpolate(x, target, relax(theta, k)), state, parts
+
+    relaxed = MeasuredStep(measured) if isinstance(iteration.step, MeasuredStep) else step
+    return dataclasses.replace(iteration, step=relaxed, name=f"krasnoselskii_mann({iteration.name})")
 
 
 def project(

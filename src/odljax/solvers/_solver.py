@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
@@ -12,15 +13,18 @@ from jax import Array
 from jax.core import Tracer
 
 from .. import _tree
-from .._checks import as_inner, count, forward_only, is_a, is_callable, number, record, same_as
+from .._checks import as_inner, compiled_once, count, forward_only, is_a, is_callable, number, record, same_as
 from .._types import STATUS_MESSAGES, Scalar, State, Status, Step, Theta, X
 from ..iterations import Iteration
-from ..operators import Operator
-from ..operators._operator import displacement
+from ..iterations._iteration import MeasuredStep
+from ..operators import Operator, Residual
+from ..operators._operator import displacement, largest_part, natural_residual
 
-_DIVERGENCE = 1e6
+_DIVERGENCE = 1e6  # growth of the residual over a whole walk
+_STILL = 1e-3  # a relative residual below which growth is the end of a transient, not divergence
 _RUNNING = -1
-_PATIENCE = 25
+_PATIENCE = 100  # steps without a residual smaller by a hundredth; and never fewer than it took to get there
+_IMPROVEMENT = 0.99
 
 Record = Callable[[Any, Any, Step], Any]
 
@@ -44,8 +48,10 @@ class Solution(NamedTuple):
     Attributes:
         x: the last iterate.
         num_steps: steps taken.
-        residual: ``||x - T(x, theta)||`` at the x that is returned; None where the iteration has no operator.
-        relative_residual: the same divided by ``||x||``; the residual itself where x is zero.
+        residual: the norm of the operator's natural residual at the x that is returned, ``||x - T(x, theta)||`` for a
+            map, the gradient norm for gradient steps; of several parts the largest. None where there is no operator.
+        relative_residual: the same relative to the scale of the part, as in ``until_converged``; the residual itself
+            where that is zero.
         status: a code of ``odl.Status``; ``odl.check`` raises on the bad ones.
         history: rows recorded on the way, or None.
         state: the iteration's last state.
@@ -89,6 +95,7 @@ class Solver(Generic[X, Theta]):
         derivative: the name of its differentiation rule.
         adjoint: for implicit rules, the pull-back with its adjoint system; else None.
         differentiate: puts the same rule, where it is one of the steps, on another solver; else None.
+        quiet: the same solver, whose derivative tells the host nothing of a failure; None: it is so itself.
     """
 
     solve: Callable[[X, Theta], Solution]
@@ -100,9 +107,14 @@ class Solver(Generic[X, Theta]):
     derivative: str = "none"
     adjoint: Adjoint | None = None
     differentiate: Callable[[Solver[Any, Any]], Solver[Any, Any]] | None = None
+    quiet: Solver[Any, Any] | None = None
 
     def __call__(self, x0: X, theta: Theta) -> Solution:
-        return self.solve(as_inner(self.name, "x0", x0, or_complex=True), theta)
+        return self._compiled(as_inner(self.name, "x0", x0, or_complex=True), theta)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[[X, Theta], Solution]:
+        return compiled_once(self.solve)
 
     @property
     def name(self) -> str:
@@ -126,8 +138,8 @@ def for_steps(
         record: ``(x, theta, k) -> pytree``, recorded at each iterate; implies history.
 
     Returns:
-        A solver. Its status is COMPLETED, or DIVERGED (residual beyond 1e6 times the largest of the first residual,
-        \|x0\| and 1; not where there is no operator) or NON_FINITE.
+        A solver. Its status is COMPLETED, or DIVERGED (the residual grew a million times, and is no small part of what
+        it is compared with; not where there is no operator) or NON_FINITE (which x then shows).
 
     Raises:
         TypeError: iteration is none (wrap a function in ``fixed_point``); at trace time, a step that changes structure,
@@ -170,9 +182,16 @@ def until_converged(
     history: bool = False,
     record: Record | None = None,
 ) -> Solver[X, Theta]:
-    r"""Returns the solver that stops once the operator's residual is small, on ``lax.while_loop``.
+    r"""Returns the solver that stops once the operator's natural residual is small, on ``lax.while_loop``.
 
-    .. math:: \|x - T(x, \theta)\| \le \mathrm{tol} + \mathrm{relative\_tol} \cdot \|x\|
+    .. math:: \|r_i(x, \theta)\| \le \mathrm{tol} + \mathrm{relative\_tol} \cdot s_i(x) \quad\text{for each part } i
+
+    The residual depends on no step size, relaxation or penalty: of gradient steps it is the gradient, of proximal
+    gradient steps the prox-gradient map :math:`(x - T(x)) / \gamma`, of splittings the violated constraint and the dual
+    residual, each in its own unit, and of any other map :math:`x - T(x)`. Its scale s is that of the terms which cancel
+    in it, :math:`\|x\|` for a map; a gradient has no such terms, and is compared with
+    :math:`\|x\| \max_k \|r_{k+1} - r_k\| / \|x_{k+1} - x_k\|`, the largest slope met on the walk. So units do not
+    matter to ``relative_tol``.
 
     When: a solution is wanted rather than a number of steps, above all under ``implicit``. On its own it has forward
     mode only; reverse mode needs a derivative transform. Under ``vmap`` the batch runs until its slowest element is
@@ -180,24 +199,26 @@ def until_converged(
 
     Args:
         iteration: what to iterate; it needs an operator, whose residual is tested.
-        tol: absolute tolerance, at least 0, on the residual.
+        tol: absolute tolerance, at least 0, on each part of the residual, in its unit.
         max_steps: at least 1, static.
-        relative_tol: tolerance relative to \|x\|, at least 0; not both tolerances may be 0.
+        relative_tol: tolerance relative to the scale of each part, at least 0; not both tolerances may be 0.
         history: record the residual at each iterate.
         record: ``(x, theta, k) -> pytree``, recorded at each iterate; implies history.
 
     Returns:
-        A solver. Its status is CONVERGED, STEP_BUDGET_SPENT, STALLED (25 steps without a smaller residual, at 100
-        rounding units of x), DIVERGED (residual beyond 1e6 times the largest of the first residual, \|x0\| and 1),
-        PRIMAL_INFEASIBLE or DUAL_INFEASIBLE (where the operator has a certificate: quadratic programs) or NON_FINITE
-        (which x then shows, whether it came in with x0 or theta or appeared on the way).
+        A solver. Its status is CONVERGED, STEP_BUDGET_SPENT, STALLED (x moves, or the residual is, within 100 rounding
+        units, and no residual smaller by a hundredth came in 100 steps, nor in as many as had been taken until then),
+        DIVERGED (the residual grew by the inverse square of the rounding unit, or, at the end of the budget, a million
+        times), PRIMAL_INFEASIBLE or DUAL_INFEASIBLE (where the operator has a certificate: quadratic programs) or
+        NON_FINITE (which x then shows, whether it came in with x0 or theta or appeared on the way).
 
     Raises:
         TypeError: iteration is none, or has no operator; a step that changes structure, shape or dtype; reverse mode.
         ValueError: a step budget below 1, a negative tolerance, both tolerances zero.
 
-    Cost: the steps, the residual (free where the step applies the same operator at the same point: the compiler shares
-    it) and one application more for the test that ends the loop.
+    Cost: the steps, the residual (free where the step says it: Picard, gradient and proximal gradient steps, relaxed or
+    not; elsewhere the compiler shares it where the step applies the same operator at the same point) and one application
+    more for the test that ends the loop.
 
     Example:
         >>> import odljax as odl
@@ -223,21 +244,7 @@ def until_converged(
     tolerance = (tol, relative_tol)
 
     def solve(x0: X, theta: Theta) -> Solution:
-        body = stopping_body(iteration, tolerance, max_steps, theta, history, record)
-        carry = stopping_start(iteration, x0, theta)
-        rows = None
-        if history:
-            shapes = jax.eval_shape(lambda carry: body(carry)[1], carry)
-            rows = jax.tree.map(lambda one: jnp.zeros((max_steps, *one.shape), one.dtype), shapes)
-
-        def step(loop: Any) -> Any:
-            before, rows = loop
-            after, row = body(before)
-            rows = jax.tree.map(lambda column, one: column.at[before.k].set(one, mode="drop"), rows, row)
-            return after, rows
-
-        carry, rows = jax.lax.while_loop(lambda loop: loop[0].status == _RUNNING, step, (carry, rows))
-        solution = stopping_finish(carry, rows)
+        solution = stopping_loop(iteration, tolerance, max_steps, history, record, x0, theta)
         message = (
             f"{solver.name}: a loop that stops by itself has no reverse mode. Wrap the solver: implicit(solver), "
             f"unrolled(solver), forward(solver), truncated(solver, num_steps=...) or one_step(solver)."
@@ -264,7 +271,7 @@ def check(solution: Any, *, name: str = "solver") -> Any:
         >>> grow = odl.fixed_point(lambda x, theta: 3.0 * x + theta)
         >>> odl.check(odl.until_converged(grow, max_steps=100)(0.0, 1.0))
         Traceback (most recent call last):
-        RuntimeError: solver: DIVERGED: the residual grew beyond 1e6 times the scale of its start; ...
+        RuntimeError: solver: DIVERGED: the residual grew without bound; take a smaller step size.
     """
     if not hasattr(solution, "status"):
         raise TypeError(
@@ -305,7 +312,11 @@ def start_state(iteration: Iteration, x: Any, theta: Any) -> State:
 
 def checked_step(iteration: Iteration, x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
     """One step whose outcome is known to fit the loop's carry."""
-    new_x, new_state = iteration.step(x, state, theta, k)
+    return checked(iteration, *iteration.step(x, state, theta, k), x, state)
+
+
+def checked(iteration: Iteration, new_x: Any, new_state: State, x: Any, state: State) -> tuple[Any, State]:
+    """The outcome of a step, after checking that it fits the loop's carry."""
     new_state = same_as(iteration.name, "the step's state", new_state, state, "the state before")
     return same_as(iteration.name, "the step", new_x, x), new_state
 
@@ -328,33 +339,80 @@ def scan_body(iteration: Iteration, history: bool, record: Record | None) -> Cal
 
 
 def residual_at(iteration: Iteration, x: Any, theta: Any) -> Array | None:
-    """The residual of the iteration's operator, without a derivative; None where there is no operator."""
-    return None if iteration.operator is None else jnp.asarray(_tree.norm(_move_at(iteration.operator, x, theta)))
+    """The natural residual of the iteration's operator, without a derivative; None where there is no operator."""
+    return None if iteration.operator is None else largest_part(_parts_at(iteration.operator, x, theta))
 
 
-def _move_at(operator: Operator, x: Any, theta: Any) -> Any:
-    return jax.lax.stop_gradient(displacement(operator, *jax.lax.stop_gradient((x, theta))))
+def _parts_at(operator: Operator, x: Any, theta: Any) -> tuple[Residual, ...]:
+    return jax.lax.stop_gradient(natural_residual(operator, *jax.lax.stop_gradient((x, theta))))
+
+
+class _Sizes(NamedTuple):
+    """The norms of the parts of a natural residual, and those of what each is compared with."""
+
+    sizes: list[Array]
+    scales: list[Array]
+
+    @property
+    def largest(self) -> Array:
+        return functools.reduce(jnp.maximum, self.sizes)
+
+    @property
+    def relative(self) -> Array:
+        """The largest part in multiples of its scale; the part itself where that is zero."""
+        ratios = [size / jnp.where(scale > 0, scale, 1) for size, scale in zip(self.sizes, self.scales, strict=True)]
+        return functools.reduce(jnp.maximum, ratios)
+
+
+def _measure(operator: Operator, parts: tuple[Residual, ...], x: Any, theta: Any, slopes: tuple[Array, ...]) -> _Sizes:
+    """The sizes; what has no scale of its own gets that of its slope, from the walk or, if there is none, the step."""
+    dtype, size, rest = _tree.accumulation_dtype(x), _tree.norm(x), list(slopes)
+    scales = []
+    for part in parts:
+        if part.scale is None:
+            slope, step = rest.pop(0), 1.0 if operator.step_size is None else operator.step_size(theta)
+            scales.append(jnp.where(slope > 0, slope, (1 / jnp.asarray(step)).astype(dtype)) * size)
+        else:
+            norms = [_tree.norm(term).astype(dtype) for term in part.scale]
+            scales.append(functools.reduce(jnp.maximum, norms, jnp.zeros((), dtype)))
+    return jax.lax.stop_gradient(_Sizes([_tree.norm(part.value).astype(dtype) for part in parts], scales))
+
+
+def _unscaled_parts(parts: tuple[Residual, ...]) -> tuple[Any, ...]:
+    return tuple(part.value for part in parts if part.scale is None)
+
+
+def _slopes(now: tuple[Any, ...], before: tuple[Any, ...], moved: Array) -> tuple[Array, ...]:
+    """How much each value changed in proportion to the move of x; zero where x did not move."""
+    changes = [_tree.norm(_tree.subtract(a, b)).astype(moved.dtype) for a, b in zip(now, before, strict=True)]
+    known = (moved > 0) & jnp.isfinite(moved)
+    return tuple(jnp.where(known, change / jnp.where(known, moved, 1), 0) for change in changes)
 
 
 def finish(
     iteration: Iteration, x0: Any, x: Any, state: State, theta: Any, num_steps: int, rows: History | None
 ) -> Solution:
     """The solution of a fixed number of steps."""
-    first, final = residual_at(iteration, x0, theta), residual_at(iteration, x, theta)
-    finite, status = _tree.all_finite(x), _code(Status.COMPLETED)
-    if first is not None and final is not None:
-        scale = jnp.maximum(jnp.maximum(1.0, _tree.norm(jax.lax.stop_gradient(x0))), first)
-        status = jnp.where(final > _DIVERGENCE * scale, _code(Status.DIVERGED), status)
-        finite = finite & jnp.isfinite(final)
+    operator, finite, status = iteration.operator, _tree.all_finite(x), _code(Status.COMPLETED)
+    residual = relative = None
+    if operator is not None:
+        start, end, theta = jax.lax.stop_gradient((x0, x, theta))
+        first, last = _parts_at(operator, start, theta), _parts_at(operator, end, theta)
+        moved = _tree.norm(_tree.subtract(end, start))
+        slopes = _slopes(_unscaled_parts(last), _unscaled_parts(first), moved)
+        before, after = (_measure(operator, parts, end, theta, slopes) for parts in (first, last))
+        residual, relative = after.largest, after.relative
+        grown = residual > _DIVERGENCE * before.largest
+        status = jnp.where(grown & (relative > _STILL), _code(Status.DIVERGED), status)
+        finite = finite & jnp.isfinite(residual)
     status = jnp.where(finite, status, _code(Status.NON_FINITE))
-    return Solution(x, jnp.asarray(num_steps, int), final, _relative(final, x), status, rows, state)
+    return Solution(_shown(x, status), jnp.asarray(num_steps, int), residual, relative, status, rows, state)
 
 
-def _relative(size: Array | None, x: Any) -> Array | None:
-    if size is None:
-        return None
-    of_x = _tree.norm(jax.lax.stop_gradient(x))
-    return size / jnp.where(of_x > 0, of_x, jnp.ones_like(of_x))
+def _shown(x: Any, status: Array) -> Any:
+    """x, NaN where the status says NON_FINITE and x would not show it."""
+    hidden = (status == Status.NON_FINITE) & _tree.all_finite(jax.lax.stop_gradient(x))
+    return jax.tree.map(lambda leaf: jnp.where(hidden, jnp.full_like(leaf, jnp.nan), leaf), x)
 
 
 def _code(status: int) -> Array:
@@ -369,67 +427,160 @@ class Progress(NamedTuple):
     k: Array
     status: Array
     residual: Array
-    reference: Array
+    relative: Array
+    first: Array
     best: Array
     best_at: Array
+    moved: Array
+    values: tuple[Any, ...]
+    slopes: tuple[Array, ...]
 
 
 def stopping_start(iteration: Iteration, x0: Any, theta: Any) -> Progress:
-    scale = jnp.maximum(1.0, _tree.norm(jax.lax.stop_gradient(x0)))
-    unknown = jnp.full_like(scale, jnp.inf)
-    zero = jnp.zeros((), int)
-    return Progress(x0, start_state(iteration, x0, theta), zero, _code(_RUNNING), unknown, scale, unknown, zero)
+    assert iteration.operator is not None
+    shapes = jax.eval_shape(lambda: _unscaled_parts(_parts_at(iteration.operator, x0, theta)))
+    values = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    unknown = jnp.full((), jnp.inf, _tree.accumulation_dtype(x0))
+    zero, slope = jnp.zeros((), int), jnp.zeros_like(unknown)
+    state = start_state(iteration, x0, theta)
+    return Progress(
+        x0,
+        state,
+        zero,
+        _code(_RUNNING),
+        unknown,
+        unknown,
+        unknown,
+        unknown,
+        zero,
+        unknown,
+        values,
+        (slope,) * len(values),
+    )
 
 
 def stopping_body(
-    iteration: Iteration, tolerance: tuple[Any, Any], max_steps: int, theta: Any, history: bool, record: Any
+    iteration: Iteration,
+    tolerance: tuple[Any, Any],
+    max_steps: int,
+    theta: Any,
+    history: bool,
+    record: Any,
+    *,
+    differentiated: bool = False,
 ) -> Callable[[Progress], tuple[Progress, History | None]]:
     """Tests the residual at the current iterate and steps on only while running: what is done stays where it is.
 
-    Test and step see the same iterate, so the compiler evaluates the operator once where the step applies it.
+    Test and step see the same iterate, so the operator is evaluated once: the step says its residual, or the compiler
+    finds the two to be one. Where the steps are ``differentiated``, at least one is taken, for a start has no derivative
+    of its own; and a step that is not taken is cut off, whose derivative need not be finite at a solution.
     """
     absolute, relative = tolerance
+    operator = iteration.operator
+    assert operator is not None
 
     def body(carry: Progress) -> tuple[Progress, History | None]:
         x, state, k = carry.x, carry.state, carry.k
-        size = _tree.norm(jax.lax.stop_gradient(x))
-        assert iteration.operator is not None
-        move = _move_at(iteration.operator, x, theta)
-        measure = jnp.asarray(_tree.norm(move))
-        limit = jnp.asarray(absolute).astype(size.dtype) + jnp.asarray(relative).astype(size.dtype) * size
-        reference = jnp.where(k == 0, jnp.maximum(carry.reference, measure), carry.reference)
-        better = measure < carry.best
+        index, ahead = jnp.minimum(k, max_steps - 1), None
+        if isinstance(iteration.step, MeasuredStep) and not differentiated:
+            new_x, new_state, parts = iteration.step.measured(x, state, theta, index)
+            ahead, parts = checked(iteration, new_x, new_state, x, state), jax.lax.stop_gradient(parts)
+        else:
+            parts = _parts_at(operator, x, theta)
+        here, theta_here = jax.lax.stop_gradient((x, theta))
+        values = _unscaled_parts(parts)
+        steepest = tuple(map(jnp.maximum, carry.slopes, _slopes(values, carry.values, carry.moved)))
+        measured = _measure(operator, parts, here, theta_here, steepest)
+        size, measure = _tree.norm(here), measured.largest
+        within = jnp.asarray(True)
+        for part, extent in zip(*measured, strict=True):
+            limit = jnp.asarray(absolute).astype(size.dtype) + jnp.asarray(relative).astype(size.dtype) * extent
+            within = within & (part <= limit)
+        first = jnp.where(k == 0, measure, carry.first)
+        better = measure < _IMPROVEMENT * carry.best
         best_at = jnp.where(better, k, carry.best_at)
-        rounding = 100 * float(jnp.finfo(_lowest_dtype(x)).eps) * size
+        eps = float(jnp.finfo(_lowest_dtype(x)).eps)
+        rounding = 100 * eps
+        still = (carry.moved <= rounding * size) | (measured.relative <= rounding)
+        grown = measure > jnp.where(k < max_steps, eps**-2, _DIVERGENCE) * first
         tests = [
             (~(jnp.isfinite(measure) & jnp.isfinite(size)), _code(Status.NON_FINITE)),
-            (measure <= limit, _code(Status.CONVERGED)),
-            (measure > _DIVERGENCE * reference, _code(Status.DIVERGED)),
-            ((k - best_at >= _PATIENCE) & (measure <= rounding), _code(Status.STALLED)),
+            (within & (k >= int(differentiated)), _code(Status.CONVERGED)),
+            (grown & (measured.relative > _STILL), _code(Status.DIVERGED)),
+            (still & (k - best_at >= jnp.maximum(_PATIENCE, best_at)), _code(Status.STALLED)),
             (k >= max_steps, _code(Status.STEP_BUDGET_SPENT)),
         ]
-        if iteration.operator.certificate is not None:
-            verdict = iteration.operator.certificate(*jax.lax.stop_gradient((x, move, theta)))
+        if operator.certificate is not None:
+            verdict = operator.certificate(here, displacement(operator, here, theta_here), theta_here)
             tests.insert(2, (verdict != _RUNNING, verdict.astype(jnp.int32)))
         status = jnp.select([test for test, _ in tests], [code for _, code in tests], _code(_RUNNING))
         status = jnp.where(carry.status == _RUNNING, status, carry.status)
         running = status == _RUNNING
         # What is not finite is let through by one more step, so that x shows it and no derivative hides it.
         moving = running | ((carry.status == _RUNNING) & (status == Status.NON_FINITE))
-        new_x, new_state = checked_step(iteration, x, state, theta, jnp.minimum(k, max_steps - 1))
+        if ahead is None:
+            start, hyper, before = x, theta, state
+            if differentiated:
+                start, hyper, before = (_cut_off(tree, moving) for tree in (x, theta, state))
+            ahead = checked_step(iteration, start, before, hyper, index)
+        new_x, new_state = ahead
+        moved = _tree.norm(_tree.subtract(*jax.lax.stop_gradient((new_x, x))))
         new = Progress(
             _tree.where(moving, new_x, x),
             _tree.where(moving, new_state, state),
             jnp.where(running, k + 1, k),
             status,
             measure,
-            reference,
+            measured.relative,
+            first,
             jnp.where(better, measure, carry.best),
             best_at,
+            jnp.where(running, moved, carry.moved),
+            values,
+            steepest,
         )
         return new, _row(iteration, record, x, theta, k, measure) if history else None
 
     return body
+
+
+def stopping_loop(
+    iteration: Iteration,
+    tolerance: tuple[Any, Any],
+    max_steps: int,
+    history: bool,
+    record: Any,
+    x0: Any,
+    theta: Any,
+    *,
+    differentiated: bool = False,
+) -> Solution:
+    """The loop itself, as a ``while_loop``; rows are written where the carry says."""
+    body = stopping_body(iteration, tolerance, max_steps, theta, history, record, differentiated=differentiated)
+    carry = stopping_start(iteration, x0, theta)
+    rows = None
+    if history:
+        shapes = jax.eval_shape(lambda carry: body(carry)[1], carry)
+        rows = jax.tree.map(lambda one: jnp.zeros((max_steps, *one.shape), one.dtype), shapes)
+
+    def step(loop: Any) -> Any:
+        before, rows = loop
+        after, row = body(before)
+        rows = jax.tree.map(lambda column, one: column.at[before.k].set(one, mode="drop"), rows, row)
+        return after, rows
+
+    carry, rows = jax.lax.while_loop(lambda loop: loop[0].status == _RUNNING, step, (carry, rows))
+    return stopping_finish(carry, rows)
+
+
+def _cut_off(x: Any, moving: Array) -> Any:
+    """The same values, without a derivative where nothing moves: zero times an infinite slope would be NaN."""
+
+    def cut(leaf: Any) -> Any:
+        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return jnp.where(moving, leaf, jax.lax.stop_gradient(leaf)) if floating else leaf
+
+    return jax.tree.map(cut, x)
 
 
 def stopping_finish(carry: Progress, rows: History | None) -> Solution:
@@ -441,10 +592,10 @@ def stopping_finish(carry: Progress, rows: History | None) -> Solution:
         return jnp.where(jnp.expand_dims(used, tuple(range(1, column.ndim))), column, jnp.full_like(column, filler))
 
     return Solution(
-        carry.x,
+        _shown(carry.x, carry.status),
         carry.k,
         carry.residual,
-        _relative(carry.residual, carry.x),
+        carry.relative,
         carry.status,
         jax.tree.map(blank, rows),
         carry.state,

@@ -1,0 +1,168 @@
+"""What a derivative says of a solve that failed, where there is no status to look at: under plain ``jax.grad``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .._types import STATUS_MESSAGES, Status
+from ..solvers import Solution, Solver
+
+POLICIES = ("warn", "ignore", "raise")
+
+
+def check_policy(who: str, on_failure: str) -> str:
+    """Refuses what is no policy."""
+    if on_failure not in POLICIES:
+        raise ValueError(f"{who}: on_failure must be 'warn', 'ignore' or 'raise'; {on_failure!r} came.")
+    return on_failure
+
+
+def solve_failed(status: int, residual: float) -> str:
+    """What is wrong with a forward solve that ended so."""
+    return (
+        f"the solve failed ({Status(status).name}, relative residual {residual:.1e}): {STATUS_MESSAGES[Status(status)]}. "
+        f"The derivative is that of another point."
+    )
+
+
+def adjoint_failed(status: int, residual: float, hint: str = "") -> str:
+    """What is wrong with an adjoint solve that ended so."""
+    return (
+        f"the adjoint solve failed ({Status(status).name}, relative residual {residual:.1e}): "
+        f"{STATUS_MESSAGES[Status(status)]}{hint}. The derivative is not to be trusted."
+    )
+
+
+def facts_of(solution: Solution) -> tuple[Array, Array]:
+    """Status and relative residual of a forward solve."""
+    residual = solution.relative_residual
+    return solution.status, jnp.zeros(()) if residual is None else residual
+
+
+def with_alarm(solver: Solver, on_failure: str) -> Solver:
+    """The solver, a derivative of whose solution tells the host if the solve failed; it keeps the quiet one."""
+    quiet = dataclasses.replace(solver, quiet=None)
+    if on_failure == "ignore":
+        return quiet
+    tell = teller(solver.derivative, on_failure)
+
+    def solve(x0: Any, theta: Any) -> Solution:
+        solution = quiet.solve(x0, theta)
+        return solution._replace(x=reported(solution.x, facts_of(solution), tell, in_derivative=True))
+
+    return dataclasses.replace(solver, solve=solve, quiet=quiet)
+
+
+def teller(who: str, on_failure: str, describe: Callable[..., str] = solve_failed) -> Callable[..., None]:
+    """What the host does with the facts ``(status, *others)`` of each element: it warns or raises about the first bad.
+
+    ``describe(status, *others)`` says what is wrong; a batch has one message, with the number of elements.
+    """
+
+    def tell(*facts: Any) -> None:
+        columns = [np.ravel(column) for column in np.broadcast_arrays(*facts)]
+        bad = np.flatnonzero(columns[0] >= Status.STEP_BUDGET_SPENT)
+        if not bad.size:
+            return
+        where = f" in {bad.size} of {columns[0].size} elements, first" if columns[0].size > 1 else ""
+        worst = [column[bad[0]].item() for column in columns]
+        text = f"{who}:{where} {describe(*worst)}"
+        if on_failure == "raise":
+            raise RuntimeError(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    return tell
+
+
+def reported(values: Any, facts: tuple[Array, ...], tell: Callable[..., None], *, in_derivative: bool = False) -> Any:
+    """``values`` unchanged; the host is told the facts, the first of them a status, if that is bad.
+
+    It is told where the values are used and nowhere else: what nobody looks at is dead code, alarm and all. With
+    ``in_derivative`` only a derivative of the values tells. A batch is one call, and only if an element failed. The
+    alarm stays out of programs that it would change: those that are exported, and all of them where JAX's persistent
+    compilation cache is on, which keeps no program that calls the host.
+    """
+    leaves, structure = jax.tree.flatten(values)
+    facts = jax.lax.stop_gradient(facts)
+    out = _report().bind(*leaves, *facts, tell=tell, count=len(leaves), quiet=in_derivative)
+    return structure.unflatten(out)
+
+
+@functools.cache
+def _report() -> Any:
+    from jax.extend.core import Primitive  # costs 30 ms, so not on import
+    from jax.interpreters import ad, batching, mlir
+
+    primitive = Primitive("odljax_report")
+    primitive.multiple_results = True
+
+    def told(*arguments: Any, tell: Any, count: int, quiet: bool) -> list[Any]:
+        values, facts = arguments[:count], arguments[count:]
+        if not quiet:
+            failed = jnp.any(facts[0] >= Status.STEP_BUDGET_SPENT)
+            jax.lax.cond(failed, lambda: jax.debug.callback(tell, *facts), lambda: None)
+        return list(values)
+
+    def lower(ctx: Any, *arguments: Any, tell: Any, count: int, quiet: bool) -> Any:
+        exported = ctx.module_context.lowering_parameters.for_export
+        quiet = quiet or exported or bool(jax.config.jax_compilation_cache_dir)
+        rule = mlir.lower_fun(functools.partial(told, tell=tell, count=count, quiet=quiet), multiple_results=True)
+        return rule(ctx, *arguments)
+
+    def eager(*arguments: Any, tell: Any, count: int, quiet: bool) -> list[Any]:
+        if not quiet:
+            tell(*arguments[count:])
+        return list(arguments[:count])
+
+    def jvp(primals: Any, tangents: Any, *, tell: Any, count: int, quiet: bool) -> Any:
+        params = {"tell": tell, "quiet": quiet}
+        out = primitive.bind(*primals, count=count, **params)
+        moved = [i for i in range(count) if type(tangents[i]) is not ad.Zero]
+        tangents_out = [ad.Zero(jax.typeof(value).to_tangent_aval()) for value in out]
+        if moved:
+            given = [tangents[i] for i in moved]
+            if quiet:  # from here on it is a derivative
+                given = primitive.bind(*given, *primals[count:], tell=tell, count=len(given), quiet=False)
+            for i, tangent in zip(moved, given, strict=True):
+                tangents_out[i] = tangent
+        return out, tangents_out
+
+    def transpose(cotangents: Any, *arguments: Any, tell: Any, count: int, quiet: bool) -> Any:
+        facts = arguments[count:]
+        moved = [i for i in range(count) if type(cotangents[i]) is not ad.Zero]
+        back = list(cotangents)
+        if moved:
+            given = primitive.bind(*(cotangents[i] for i in moved), *facts, tell=tell, count=len(moved), quiet=quiet)
+            for i, cotangent in zip(moved, given, strict=True):
+                back[i] = cotangent
+        return [*back, *(None for _ in facts)]
+
+    def batch(arguments: Any, axes: Any, *, tell: Any, count: int, quiet: bool) -> Any:
+        facts, spots = list(arguments[count:]), axes[count:]
+        sizes = {fact.shape[axis] for fact, axis in zip(facts, spots, strict=True) if axis is not batching.not_mapped}
+        if sizes:  # each fact gets the axis, so that those of one element keep their place
+            (size,) = sizes
+            for i, axis in enumerate(spots):
+                mapped = axis is not batching.not_mapped
+                facts[i] = (
+                    jnp.moveaxis(facts[i], axis, 0) if mapped else jnp.broadcast_to(facts[i], (size, *facts[i].shape))
+                )
+        out = primitive.bind(*arguments[:count], *facts, tell=tell, count=count, quiet=quiet)
+        return out, axes[:count]
+
+    primitive.def_impl(eager)
+    primitive.def_abstract_eval(lambda *arguments, count, **params: list(arguments[:count]))
+    mlir.register_lowering(primitive, lower)
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch
+    return primitive
