@@ -178,6 +178,22 @@ def number(who: str, name: str, value: Any, low: float = 0.0, high: float = math
     return value
 
 
+def coupling(effects: Any) -> set[Any]:
+    """The vmapped axes over which a program talks to other elements, from the effects of its jaxpr."""
+    named = {name for effect in effects if (name := getattr(effect, "name", None)) is not None}
+    return named - set(jax.sharding.get_abstract_mesh().axis_names)
+
+
+def uncoupled(who: str, effects: Any) -> None:
+    """Refuses a program, given by the effects of its jaxpr, that talks to the other elements of a vmapped axis."""
+    if axes := coupling(effects):
+        raise TypeError(
+            f"{who}: the iteration talks to other elements of the vmapped axis {', '.join(map(repr, sorted(axes)))} (a "
+            f"collective), so the batch is one problem, and a derivative that is formed element by element would be "
+            f"wrong. Solve it as one: let x hold the whole axis, and take sums over it in the place of the collective."
+        )
+
+
 _SCHEDULE_NAMES = ("k", "count", "step")
 
 

@@ -29,8 +29,8 @@ def check_policy(who: str, on_failure: str) -> str:
 def solve_failed(status: int, residual: float) -> str:
     """What is wrong with a forward solve that ended so."""
     return (
-        f"the solve failed ({Status(status).name}, relative residual {residual:.1e}): {STATUS_MESSAGES[Status(status)]}. "
-        f"The derivative is that of another point."
+        f"the solve failed ({Status(status).name}, relative residual {residual:.1e}): "
+        f"{STATUS_MESSAGES[Status(status)]}. The derivative is that of another point."
     )
 
 
@@ -148,14 +148,12 @@ def _report() -> Any:
 
     def batch(arguments: Any, axes: Any, *, tell: Any, count: int, quiet: bool) -> Any:
         facts, spots = list(arguments[count:]), axes[count:]
-        sizes = {fact.shape[axis] for fact, axis in zip(facts, spots, strict=True) if axis is not batching.not_mapped}
+        sizes = {fact.shape[axis] for fact, axis in zip(facts, spots, strict=True) if axis is not None}
         if sizes:  # each fact gets the axis, so that those of one element keep their place
             (size,) = sizes
             for i, axis in enumerate(spots):
-                mapped = axis is not batching.not_mapped
-                facts[i] = (
-                    jnp.moveaxis(facts[i], axis, 0) if mapped else jnp.broadcast_to(facts[i], (size, *facts[i].shape))
-                )
+                whole = facts[i] if axis is not None else jnp.broadcast_to(facts[i], (size, *facts[i].shape))
+                facts[i] = jnp.moveaxis(whole, axis or 0, 0)
         out = primitive.bind(*arguments[:count], *facts, tell=tell, count=count, quiet=quiet)
         return out, axes[:count]
 

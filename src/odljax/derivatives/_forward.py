@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
-from .._checks import is_a
+from .._checks import is_a, uncoupled
 from .._types import Theta, X
 from ..solvers import Solution, Solver, for_steps
 from ..solvers._solver import stopping_loop
@@ -65,7 +65,8 @@ def forward(solver: Solver[X, Theta], *, on_failure: str = "warn") -> Solver[X, 
 
     def solve(x0: X, theta: Theta) -> Solution:
         function, captured = hoisted(run, x0, theta)
-        x, rest = _accumulated(function, (x0, theta, *captured))
+        refuse = partial(uncoupled, f"forward({solver.iteration.name})", function.effects)
+        x, rest = _accumulated(function, (x0, theta, *captured), refuse)
         return rest._replace(x=x)
 
     again = partial(forward, on_failure=on_failure)
@@ -82,12 +83,15 @@ def _steps(solver: Solver, x0: Any, theta: Any) -> Solution:
     return stopping_loop(*options, x0, theta, differentiated=True)
 
 
-def _accumulated(function: Callable[..., Any], operands: tuple[Any, ...]) -> tuple[Any, Any]:
+def _accumulated(
+    function: Callable[..., Any], operands: tuple[Any, ...], refuse: Callable[[], None]
+) -> tuple[Any, Any]:
     """``function(*operands)``, a pair of what is differentiated, by forward accumulation, and of what is not."""
     structure = jax.tree.structure(operands)
     y, rest = jax.lax.stop_gradient(function(*jax.lax.stop_gradient(operands)))
 
     def rule(y: Any, operands: Any, tangents: list[Any]) -> Any:
+        refuse()
         moving = {i: t for i, t in enumerate(tangents) if t is not None}
 
         def with_jacobian(*operands: Any) -> Any:
@@ -105,7 +109,7 @@ def _accumulated(function: Callable[..., Any], operands: tuple[Any, ...]) -> tup
             return (y, jacobian), rest
 
         # Accumulated again: a second derivative accumulates the Jacobian's Jacobian, and transposes no loop.
-        (y, jacobian), rest = _accumulated(with_jacobian, operands)
+        (y, jacobian), rest = _accumulated(with_jacobian, operands, refuse)
         return (y, rest), jax.tree.map(lambda columns: _combine(columns, list(moving.values())), jacobian)
 
     return recomputed(y, rest, operands, rule)

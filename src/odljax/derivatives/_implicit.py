@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
-from .._checks import is_a
+from .._checks import is_a, uncoupled
 from .._types import Status, Theta, X
 from ..linear import LinearInfo, LinearSolver, cg, differentiable_solve, gmres, identity
 from ..operators import Operator
@@ -168,6 +168,8 @@ def _attach(
 
     def tangent(x: Any, operands: Any, tangents: Any) -> Any:
         theta, captured, held, facts = operands
+        if not linear_solver.name.startswith(("identity", "neumann")):  # which form no inner products
+            uncoupled(f"implicit({operator.name})", function.effects)
 
         def solve(matvec: Any, b: Any) -> Any:
             v, info = solver_of(held)(matvec, b)
@@ -195,17 +197,19 @@ def alarm(who: str, on_failure: str) -> Alarm | None:
     tell = teller(who, on_failure, describe)
 
     def sound(v: Any, facts: tuple[Array, Array], info: LinearInfo, b: Any, x: Any) -> Any:
-        adjoint = jnp.where(negligible(b, x, 1.0), Status.CONVERGED, info.status)
+        adjoint = jnp.where(negligible(b, x, 1.0, facts[1]), Status.CONVERGED, info.status)
         return reported(v, (jnp.maximum(facts[0], adjoint), *facts, adjoint, info.residual), tell)
 
     return sound
 
 
-def negligible(cotangent: Any, x: Any, value: Any) -> Array:
-    """Whether the cotangent of x is zero to the rounding of a loss of this value."""
+def negligible(cotangent: Any, x: Any, value: Any, relative_residual: Any) -> Array:
+    """Whether the cotangent of x is zero as exactly as a loss of this value and a solve of this residual can tell."""
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
-    size = _tree.norm(jax.lax.stop_gradient(x))
-    return _tree.norm(cotangent) * size <= 10 * eps * jnp.abs(jnp.asarray(value)).astype(size.dtype)
+    cotangent, x, value, relative_residual = jax.lax.stop_gradient((cotangent, x, value, relative_residual))
+    size = _tree.norm(x)
+    exact = jnp.maximum(10 * eps, jnp.asarray(relative_residual).astype(size.dtype))
+    return _tree.norm(cotangent) * size <= 10 * exact * jnp.abs(jnp.asarray(value)).astype(size.dtype)
 
 
 def _hoisted_solver(linear_solver: LinearSolver, x: Any) -> tuple[Any, list[Any]]:
@@ -225,11 +229,15 @@ def pull_back(
     _, pull = jax.vjp(partial(displacement, operator), x, theta)
     # Known to JAX as a linear solve: who differentiates this (a level above) sees the adjoint vector move.
     guess = jax.lax.stop_gradient(guess)
-    adjoint, info = differentiable_solve(
-        lambda v: pull(v)[0],
-        cotangent,
-        lambda matvec, b: linear_solver(matvec, b, guess),
-        symmetric=operator.symmetric,
-        has_aux=True,
-    )
+    transposed = lambda v: pull(v)[0]  # noqa: E731
+    try:
+        adjoint, info = differentiable_solve(
+            transposed,
+            cotangent,
+            lambda matvec, b: linear_solver(matvec, b, guess),
+            symmetric=operator.symmetric,
+            has_aux=True,
+        )
+    except (TypeError, ValueError):  # T has reverse mode only: its products cannot be transposed for a level above
+        adjoint, info = linear_solver(transposed, cotangent, guess)
     return pull(_tree.negative(adjoint))[1], adjoint, info

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 
 def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """``function`` as a function of ``(*examples, *captured)``, and the tracers that it closes over.
+    """``function`` as a function of ``(*examples, *captured)``, with its effects, and the tracers that it closes over.
 
     ``jax.closure_convert`` does so for floating-point tracers only; a whole number or a flag of an outer loop that a
     loss looks at would stay behind and be out of scope where a rule is applied.
@@ -33,6 +33,7 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
         run = jaxpr_as_fun(closed.replace(consts=merged))
         return structure.unflatten(run(*jax.tree.leaves(known)))
 
+    converted.effects = closed.effects
     return converted, [closed.consts[i] for i in traced]
 
 

@@ -215,7 +215,7 @@ def _attach(problem: _Problem, on_failure: str, solution: Solution, theta: Any) 
             if tell is None:
                 return v
             info = _truth(info, support, leak)
-            adjoint = jnp.where(negligible(b, x, 1.0), Status.CONVERGED, info.status)
+            adjoint = jnp.where(negligible(b, x, 1.0, facts[1]), Status.CONVERGED, info.status)
             full = support.size > support.indices.size
             worst = jnp.where(full, Status.NON_FINITE, jnp.maximum(facts[0], adjoint))
             return reported(v, (worst, *facts, adjoint, info.residual, support.size), tell)
@@ -332,7 +332,8 @@ def _truth(info: LinearInfo, support: _Support, leak: Array) -> LinearInfo:
     status = jnp.where(leak > jnp.finfo(leak.dtype).eps ** 0.5, jnp.maximum(info.status, Status.STALLED), info.status)
     full = support.size > support.indices.size
     residual = jnp.where(full, jnp.nan, residual)
-    return LinearInfo(residual, info.num_steps, jnp.where(full, Status.NON_FINITE, status).astype(info.status.dtype))
+    status = jnp.where(full, Status.NON_FINITE, status).astype(info.status.dtype)
+    return info._replace(residual=residual, status=status, error=jnp.where(full, jnp.nan, info.error))
 
 
 def _teller(on_failure: str, capacity: int) -> Callable[..., None]:

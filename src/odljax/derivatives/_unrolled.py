@@ -21,9 +21,8 @@ from ..solvers._solver import (
     finish,
     scan_body,
     start_state,
-    stopping_body,
+    stopping,
     stopping_finish,
-    stopping_start,
 )
 from ._failure import check_policy, with_alarm
 from ._moving import hoisted
@@ -40,8 +39,8 @@ def unrolled(
 
     For ``until_converged`` the loop becomes a scan over the whole step budget in which an element that is done stays
     where it is (by selection, not by a branch: a branch would keep a copy of all data for each step). It costs
-    max_steps + 1 steps whenever it stops, and the memory of a plain scan. It takes one step at least: a start that meets
-    the tolerance has no derivative in theta. Under ``vmap`` each element cuts its own finished steps off, so the
+    max_steps + 1 steps whenever it stops, and the memory of a plain scan. It takes one step at least: a start that
+    meets the tolerance has no derivative in theta. Under ``vmap`` each element cuts its own finished steps off, so the
     derivative in a theta that all share is formed element by element.
 
     When: the number of steps is part of the model; the fixed point is not unique or not differentiable; the iteration
@@ -102,15 +101,15 @@ def unrolled(
         )
         return finish(iteration, x0, x, state, theta, num_steps, rows)
 
-    def stopping(x0: X, theta: Theta) -> Solution:
+    def until(x0: X, theta: Theta) -> Solution:
         tolerance = solver.tolerance
         assert tolerance is not None
-        body = stopping_body(iteration, tolerance, num_steps, theta, history, record, differentiated=True)
-        start = stopping_start(iteration, x0, theta)
+        options = (iteration, tolerance, num_steps, history, record)
+        start, body = stopping(*options, x0, theta, differentiated=True)
         carry, rows = scan(lambda carry, k: body(carry), start, num_steps + 1)
         return stopping_finish(carry, jax.tree.map(lambda column: column[:num_steps], rows))
 
-    solve = fixed if solver.tolerance is None else stopping
+    solve = fixed if solver.tolerance is None else until
     options = {"checkpoint_every": checkpoint_every, "memory_budget": memory_budget, "on_failure": on_failure}
     again = partial(unrolled, **options)
     steps = dataclasses.replace(solver, solve=solve, derivative="unrolled", adjoint=None, differentiate=again)

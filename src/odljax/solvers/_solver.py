@@ -13,7 +13,18 @@ from jax import Array
 from jax.core import Tracer
 
 from .. import _tree
-from .._checks import as_inner, compiled_once, count, forward_only, is_a, is_callable, number, record, same_as
+from .._checks import (
+    as_inner,
+    compiled_once,
+    count,
+    coupling,
+    forward_only,
+    is_a,
+    is_callable,
+    number,
+    record,
+    same_as,
+)
 from .._types import STATUS_MESSAGES, Scalar, State, Status, Step, Theta, X
 from ..iterations import Iteration
 from ..iterations._iteration import MeasuredStep
@@ -216,9 +227,9 @@ def until_converged(
         TypeError: iteration is none, or has no operator; a step that changes structure, shape or dtype; reverse mode.
         ValueError: a step budget below 1, a negative tolerance, both tolerances zero.
 
-    Cost: the steps, the residual (free where the step says it: Picard, gradient and proximal gradient steps, relaxed or
-    not; elsewhere the compiler shares it where the step applies the same operator at the same point) and one application
-    more for the test that ends the loop.
+    Cost: the steps, the residual (free where the step says it: Picard, gradient and proximal gradient steps, relaxed
+    or not; elsewhere the compiler shares it where the step applies the same operator at the same point) and one
+    application more for the test that ends the loop.
 
     Example:
         >>> import odljax as odl
@@ -436,48 +447,46 @@ class Progress(NamedTuple):
     slopes: tuple[Array, ...]
 
 
-def stopping_start(iteration: Iteration, x0: Any, theta: Any) -> Progress:
-    assert iteration.operator is not None
-    shapes = jax.eval_shape(lambda: _unscaled_parts(_parts_at(iteration.operator, x0, theta)))
-    values = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    unknown = jnp.full((), jnp.inf, _tree.accumulation_dtype(x0))
-    zero, slope = jnp.zeros((), int), jnp.zeros_like(unknown)
-    state = start_state(iteration, x0, theta)
-    return Progress(
-        x0,
-        state,
-        zero,
-        _code(_RUNNING),
-        unknown,
-        unknown,
-        unknown,
-        unknown,
-        zero,
-        unknown,
-        values,
-        (slope,) * len(values),
-    )
-
-
-def stopping_body(
+def stopping(
     iteration: Iteration,
     tolerance: tuple[Any, Any],
     max_steps: int,
-    theta: Any,
     history: bool,
     record: Any,
+    x0: Any,
+    theta: Any,
     *,
     differentiated: bool = False,
-) -> Callable[[Progress], tuple[Progress, History | None]]:
-    """Tests the residual at the current iterate and steps on only while running: what is done stays where it is.
+) -> tuple[Progress, Callable[[Progress], tuple[Progress, History | None]]]:
+    """The first carry of a loop that stops by itself, and its body.
 
+    The body tests the residual at the current iterate and steps on only while running: what is done stays where it is.
     Test and step see the same iterate, so the operator is evaluated once: the step says its residual, or the compiler
-    finds the two to be one. Where the steps are ``differentiated``, at least one is taken, for a start has no derivative
-    of its own; and a step that is not taken is cut off, whose derivative need not be finite at a solution.
+    finds the two to be one. Where the steps are ``differentiated``, at least one is taken, for a start has no
+    derivative of its own; and a step that is not taken is cut off: its derivative need not be finite at a solution.
     """
-    absolute, relative = tolerance
     operator = iteration.operator
     assert operator is not None
+    jaxpr, shapes = jax.make_jaxpr(lambda: _unscaled_parts(_parts_at(operator, x0, theta)), return_shape=True)()
+    values = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    unknown = jnp.full((), jnp.inf, _tree.accumulation_dtype(x0))
+    zero, slopes = jnp.zeros((), int), (jnp.zeros_like(unknown),) * len(values)
+    start = Progress(
+        x=x0,
+        state=start_state(iteration, x0, theta),
+        k=zero,
+        status=_code(_RUNNING),
+        residual=unknown,
+        relative=unknown,
+        first=unknown,
+        best=unknown,
+        best_at=zero,
+        moved=unknown,
+        values=values,
+        slopes=slopes,
+    )
+    cut = differentiated and not coupling(jaxpr.effects)  # others may still look at an element that is done
+    absolute, relative = tolerance
 
     def body(carry: Progress) -> tuple[Progress, History | None]:
         x, state, k = carry.x, carry.state, carry.k
@@ -519,10 +528,8 @@ def stopping_body(
         # What is not finite is let through by one more step, so that x shows it and no derivative hides it.
         moving = running | ((carry.status == _RUNNING) & (status == Status.NON_FINITE))
         if ahead is None:
-            start, hyper, before = x, theta, state
-            if differentiated:
-                start, hyper, before = (_cut_off(tree, moving) for tree in (x, theta, state))
-            ahead = checked_step(iteration, start, before, hyper, index)
+            here, hyper, before = (_cut_off(tree, moving) if cut else tree for tree in (x, theta, state))
+            ahead = checked_step(iteration, here, before, hyper, index)
         new_x, new_state = ahead
         moved = _tree.norm(_tree.subtract(*jax.lax.stop_gradient((new_x, x))))
         new = Progress(
@@ -541,7 +548,7 @@ def stopping_body(
         )
         return new, _row(iteration, record, x, theta, k, measure) if history else None
 
-    return body
+    return start, body
 
 
 def stopping_loop(
@@ -556,8 +563,8 @@ def stopping_loop(
     differentiated: bool = False,
 ) -> Solution:
     """The loop itself, as a ``while_loop``; rows are written where the carry says."""
-    body = stopping_body(iteration, tolerance, max_steps, theta, history, record, differentiated=differentiated)
-    carry = stopping_start(iteration, x0, theta)
+    options = (iteration, tolerance, max_steps, history, record)
+    carry, body = stopping(*options, x0, theta, differentiated=differentiated)
     rows = None
     if history:
         shapes = jax.eval_shape(lambda carry: body(carry)[1], carry)
