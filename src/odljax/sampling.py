@@ -52,7 +52,12 @@ class Sampler:
 
 
 def num_samples(who: str, name: str, data: Any) -> int:
-    """The common length of the leading axes of all leaves.
+    """Returns the common length of the leading axes of all leaves.
+
+    Args:
+        who: what the message calls the caller.
+        name: what it calls the data.
+        data: a pytree of arrays, their leading axis the samples.
 
     Raises:
         ValueError: there is no leaf, or the leaves have no common leading axis.

@@ -252,6 +252,9 @@ def load(directory: str | Path, like: PyTree) -> PyTree:
 def latest_step(directory: str | Path) -> int | None:
     """Returns the number of the checkpoint in `directory`; None where there is none. Imports no Orbax.
 
+    Args:
+        directory: where ``save`` or ``fit`` put it.
+
     Example:
         >>> from odljax.training import latest_step
         >>> latest_step("a/directory/that/is/not/there") is None

@@ -64,6 +64,9 @@ def stateless(x: Any, theta: Any) -> State:
 def as_iteration(source: Iteration[X, Theta] | Operator[X, Theta] | Callable[[X, Theta], X]) -> Iteration[X, Theta]:
     """Returns the iteration itself, or the Picard iteration of an operator or function ``T(x, theta)``.
 
+    Args:
+        source: an iteration, an operator or a function ``(x, theta) -> x``.
+
     Raises:
         TypeError: source is none of the three.
 
