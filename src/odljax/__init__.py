@@ -7,7 +7,7 @@ gradient for optax; an **application** is a real problem built of these.
 
 from . import derivatives, diagnostics, hypergradients, iterations, linear, operators, problems, prox, sampling, solvers
 from ._types import STATUS_MESSAGES, Status
-from .derivatives import forward, implicit, on_support, one_step, phantom, truncated, unrolled
+from .derivatives import forward, implicit, maskable, on_support, one_step, phantom, truncated, unrolled
 from .hypergradients import Hypergradient, Info
 from .iterations import (
     Iteration,
@@ -74,6 +74,7 @@ __all__ = [
     "levenberg_marquardt",
     "line_search",
     "linear",
+    "maskable",
     "nesterov",
     "newton",
     "on_support",
