@@ -49,11 +49,12 @@ class Status(enum.IntEnum):
     CONVERGED = 0
     COMPLETED = 1
     STEP_BUDGET_SPENT = 2
-    STALLED = 3
-    DIVERGED = 4
-    PRIMAL_INFEASIBLE = 5
-    DUAL_INFEASIBLE = 6
-    NON_FINITE = 7
+    ILL_CONDITIONED = 3
+    STALLED = 4
+    DIVERGED = 5
+    PRIMAL_INFEASIBLE = 6
+    DUAL_INFEASIBLE = 7
+    NON_FINITE = 8
 
 
 STATUS_MESSAGES: dict[Status, str] = {
@@ -62,6 +63,10 @@ STATUS_MESSAGES: dict[Status, str] = {
     Status.STEP_BUDGET_SPENT: (
         "the step budget was spent before the residual was small; raise max_steps or num_steps, loosen tol or use a "
         "faster iteration"
+    ),
+    Status.ILL_CONDITIONED: (
+        "the residual of a linear solve is as small as was asked for, but the system is so ill-conditioned that the "
+        "solution has lost its digits to rounding; solve in float64, rescale or regularise the problem"
     ),
     Status.STALLED: (
         "the residual stopped falling above the tolerance: at the rounding level of this dtype (loosen tol, or solve "

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
@@ -23,6 +24,7 @@ __all__ = [
     "LinearInfo",
     "LinearSolver",
     "Preconditioner",
+    "Report",
     "bicgstab",
     "cg",
     "dense",
@@ -41,29 +43,62 @@ class LinearInfo(NamedTuple):
     """The truth about a linear solve.
 
     Attributes:
-        residual: ``||b - A v|| / ||b||``, recomputed at the end rather than taken from a recurrence.
+        residual: ``||b - A v|| / ||b||``, recomputed at the end rather than taken from a recurrence; 0 where b is zero.
         num_steps: products with A that the method took.
-        status: a code of ``odl.Status``: CONVERGED (within the tolerance, or as near as the rounding of the products
-            lets it come); COMPLETED for methods without a stop test; STEP_BUDGET_SPENT; STALLED (breakdown, singular
-            matrix, indefinite matrix for CG, no more progress); NON_FINITE (v is NaN where a stop test was cut short).
+        status: a code of ``odl.Status``: CONVERGED (within the tolerance, but for the rounding of the products);
+            COMPLETED for methods without a stop test; STEP_BUDGET_SPENT; ILL_CONDITIONED (the residual is as small as
+            was asked for, and v is not: by ``error`` it has lost its digits); STALLED (breakdown, singular matrix,
+            indefinite matrix for CG, no more progress); DIVERGED (a series that does not converge); NON_FINITE (v is
+            NaN where a stop test was cut short).
+        error: an estimate of ``||v - A^-1 b|| / ||v||``, from what the method saw of A without a product more. It errs
+            by a factor of a few; it is blind to a direction that b lacks to rounding, and infinite where nothing is
+            known (``from_lineax``).
     """
 
     residual: Array
     num_steps: Array
     status: Array
+    error: Array
+
+
+class Report(NamedTuple):
+    """What a method says of its own end, in the units of the system that it was given.
+
+    Attributes:
+        inverse: ``r -> `` an estimate of ``||A^-1 r||``.
+        limit: the relative tolerance; None without a stop test.
+        spent: whether the budget ended it.
+        left: the norm of the residual by the method's own account; None: the true one.
+        stretch: a lower bound of ``||A||``, or 0.
+        condition: an estimate of the condition number.
+        failed: the status of a failure.
+    """
+
+    inverse: Callable[[Any], Array]
+    limit: Array | None = None
+    spent: Array | bool = False
+    left: Array | None = None
+    stretch: Array | float = 0.0
+    condition: Array | float = 1.0
+    failed: Array | Status = Status.STALLED
 
 
 @record
 class LinearSolver:
     """A way to solve ``A v = b``: call it with ``(matvec, b)`` and, for a warm start, a guess.
 
+    Units do not matter: the method sees a right side of order one. A right side of zero has the solution zero,
+    whatever the product says. A guess that is no better than zero is not used.
+
     Args:
-        run: ``(matvec, b, guess) -> (v, num_steps, stop_test)``; the test is None if there was none, else (relative
-            tolerance, whether the budget was spent, a lower bound of ``||A||`` or 0).
+        run: ``(matvec, b, size) -> (v, num_steps, report)`` from v = 0, for b of order one, or what a guess left of
+            it; ``size`` is the norm that tolerances are relative to. The report is a ``Report``, or None: no stop test,
+            nothing known.
         name: what messages call it.
         symmetric: whether it is right only for symmetric positive-definite matrices.
         preconditioner: the function ``v -> M^-1 v`` that it was given, if it was given one.
         preconditioned: the same solver with another such function; None where it takes none.
+        warm: whether a guess is of use to it; else it is not looked at.
 
     Example:
         >>> import jax.numpy as jnp, odljax as odl
@@ -72,30 +107,76 @@ class LinearSolver:
         ([1.0, 2.0], 'CONVERGED')
     """
 
-    run: Callable[[MatVec, Any, Any], tuple[Any, Array, Any]]
+    run: Callable[[MatVec, Any, Array], tuple[Any, Array, Report | None]]
     name: str
     symmetric: bool = False
     preconditioner: MatVec | None = None
     preconditioned: Callable[[MatVec], LinearSolver] | None = None
+    warm: bool = False
 
     def __call__(self, matvec: MatVec, b: Any, guess: Any = None) -> tuple[Any, LinearInfo]:
-        v, num_steps, tolerance = self.run(matvec, b, guess)
-        size = _tree.norm(b)
-        size = jnp.where(size > 0, size, jnp.ones_like(size))
-        residual = _tree.norm(_tree.subtract(b, matvec(v))) / size
-        if tolerance is None:
-            status = jnp.full_like(num_steps, Status.COMPLETED)
-        else:
-            limit, spent, stretch = tolerance
-            # The recurrence of a Krylov method drifts from the true residual by the rounding of its products, which is
-            # that of ||A|| ||v|| and far above that of ||b|| where A is ill-conditioned; allow for it, within reason.
-            eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b))
-            rounding = jnp.maximum(100.0, stretch * _tree.norm(v) / size).astype(residual.dtype) * eps
-            accepted = jnp.maximum(10 * limit, jnp.where(spent, 0.0, 10 * jnp.minimum(rounding, eps**0.5)))
-            short = jnp.where(spent, jnp.asarray(Status.STEP_BUDGET_SPENT), jnp.asarray(Status.STALLED))
-            status = jnp.where(residual <= accepted, jnp.asarray(Status.CONVERGED), short).astype(jnp.int32)
-        status = jnp.where(jnp.isfinite(residual), status, jnp.full_like(status, Status.NON_FINITE))
-        return v, LinearInfo(residual, num_steps, status)
+        if not _tree.real_size(b):
+            nothing = jnp.zeros((), _tree.accumulation_dtype(b))
+            return b, LinearInfo(nothing, *jnp.zeros(2, jnp.int32), nothing)
+        unit = _tree.magnitude(b)
+        right = _in_units(b, unit)
+        size, start, rest = _tree.norm(right), None, right
+        if guess is not None and self.warm:
+            start = _in_units(guess, unit)
+            left = _tree.subtract(right, matvec(start))
+            nearer = _tree.norm(left) <= size
+            start, rest = _tree.where(nearer, (start, left), (_tree.zeros_like(start), right))
+        v, num_steps, report = self.run(matvec, rest, size)
+        v = v if start is None else _tree.add(start, v)
+        v = _tree.where(size == 0, _tree.zeros_like(v), _in_units(v, 1 / unit))
+        miss = _in_units(_tree.subtract(b, matvec(v)), unit)
+        lengths = size, _tree.norm(miss), _tree.norm(v) / unit
+        residual, status, error = _judged(report or Report(lambda r: jnp.full_like(size, jnp.inf)), b, miss, *lengths)
+        return v, LinearInfo(residual, num_steps, status, error)
+
+
+_DIGITS = 1e-4  # a relative error of v above it is not told as success
+
+
+def _judged(report: Report, b: Any, miss: Any, size: Array, off: Array, length: Array) -> tuple[Array, Array, Array]:
+    """Relative residual, status and relative error of a v of the given length whose residual is ``miss``."""
+
+    def code(status: Array | Status) -> Array:
+        return jnp.asarray(status, jnp.int32)
+
+    zero = size == 0
+    size, length = jnp.where(zero, 1, size), jnp.where(length > 0, length, 1)
+    residual = jnp.where(zero, 0, off / size)
+    # What the recurrence knows of lies in the directions that A treats worst. What it does not is the rounding of the
+    # products, which lies in all of them: on matrices of many spectra its part grows with the root of the condition.
+    whole, left = report.inverse(miss) / length, off if report.left is None else jnp.minimum(report.left, off)
+    share = _safe_ratio(left, off)
+    known, rounded = whole * share, 4 * whole * (1 - share) * jax.lax.rsqrt(jnp.maximum(report.condition, 1))
+    error = known + rounded
+    if report.left is not None:  # a guess that was good enough showed nothing of A
+        error = jnp.maximum(error, left / size)
+    error = jnp.where(zero, 0, jnp.where(jnp.isnan(error), jnp.inf, error))
+    if report.limit is None:
+        status = jnp.where(residual < 1, code(Status.COMPLETED), code(report.failed))
+    else:
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b))
+        # The recurrence drifts from the true residual by the rounding of ||A|| ||v||, far above that of ||b|| where A
+        # is ill-conditioned.
+        rounding = jnp.minimum(10 * eps * (1 + report.stretch * length / size), eps ** (1 / 3))
+        allowed = report.limit + jnp.where(report.spent, 0, rounding)
+        # A tolerance that was loosened asks for no digits: the error is that of the default.
+        gone = known * jnp.minimum(1, _default_tolerance(size.dtype) / report.limit) + rounded
+        blurred = jnp.isfinite(gone) & (gone > jnp.maximum(_DIGITS, 100 * jnp.maximum(report.limit, eps)))
+        good = jnp.where(blurred, code(Status.ILL_CONDITIONED), code(Status.CONVERGED))
+        short = jnp.where(report.spent, code(Status.STEP_BUDGET_SPENT), code(report.failed))
+        status = jnp.where(residual <= allowed, good, short)
+    status = jnp.where(jnp.isfinite(residual), status, code(Status.NON_FINITE))
+    return residual, jnp.where(zero, code(Status.CONVERGED), status), error
+
+
+def _in_units(x: Any, unit: Array) -> Any:
+    """``x / unit`` for a power of two, in the dtypes of x."""
+    return jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), _tree.unscaled(x, unit), x)
 
 
 @record
@@ -166,20 +247,21 @@ def differentiable_solve(
     return (jax.lax.optimization_barrier(solved[0]), solved[1]) if has_aux else jax.lax.optimization_barrier(solved)
 
 
+def _default_tolerance(dtype: Any) -> float:
+    return 1e-12 if np.dtype(dtype).itemsize == 8 else 1e-6
+
+
 def _tolerance(who: str, tol: Scalar | None) -> Callable[[Any], Array]:
-    """The tolerance in the accumulation dtype of b; by default 1e-12 in float64 and 1e-6 in float32."""
+    """The tolerance in the accumulation dtype of b; a traced one that answers zero to all is NaN."""
     if tol is not None:
-        number(who, "tol", tol)
-    return lambda b: jnp.asarray(
-        tol if tol is not None else 1e-12 if _tree.accumulation_dtype(b).itemsize == 8 else 1e-6
-    ).astype(_tree.accumulation_dtype(b))
+        number(who, "tol", tol, high=1.0)
 
+    def limit_of(b: Any) -> Array:
+        dtype = _tree.accumulation_dtype(b)
+        limit = jnp.asarray(_default_tolerance(dtype) if tol is None else tol).astype(dtype)
+        return jnp.where((limit > 0) & (limit < 1), limit, jnp.nan)
 
-def _start(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Any]:
-    """The first iterate and its residual."""
-    if guess is None:
-        return _tree.zeros_like(b), b
-    return guess, _tree.subtract(b, matvec(guess))
+    return limit_of
 
 
 def _nan_unless(sound: Array, v: Any) -> Any:
@@ -212,7 +294,7 @@ def cg(
             None: the identity. It may close over traced values, which have no derivative there.
 
     Raises:
-        ValueError: a tolerance that is not positive, a step budget below 1.
+        ValueError: a tolerance outside (0, 1), a step budget below 1.
         TypeError: a preconditioner that is no function of v; at trace time, one that changes structure, shape or dtype.
 
     Cost: one product a step, two inner products, four copies of v; one product more for the final residual; with a
@@ -232,42 +314,94 @@ def cg(
     if max_steps is not None:
         max_steps = count("cg", "max_steps", max_steps)
 
-    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+    def run(matvec: MatVec, b: Any, size: Array) -> tuple[Any, Array, Report]:
         limit = limit_of(b)
         budget = max_steps or max(100, 10 * _tree.real_size(b))
         precondition, products = _preconditioned(preconditioner, matvec, b)
-        v, r = _start(matvec, b, guess)
-        target = limit**2 * _tree.vdot(b, b)
-        z = precondition(r)
-        rr, rz = _tree.vdot(r, r), _tree.vdot(r, z)
+        target = (limit * size) ** 2
+        z = precondition(b)
+        if preconditioner is not None:
+            # M in units in which its first answer is of order one.
+            unit, apply = _tree.magnitude(z), precondition
+            precondition = lambda r: _in_units(apply(r), unit)  # noqa: E731
+            z = _in_units(z, unit)
+        rr, rz = _tree.vdot(b, b), _tree.vdot(b, z)
         eps = jnp.finfo(rr.dtype).eps
 
         def running(carry: Any) -> Array:
-            *_, rr, _, k, broken, _, _ = carry
+            *_, rr, _, k, broken, _ = carry
             return (rr > target) & (k < budget) & ~broken
 
         def body(carry: Any) -> Any:
-            v, r, p, rr, rz, k, _, largest, stretch = carry
-            q = matvec(p)
+            v, r, p, rr, rz, k, _, seen = carry
+            q = _in_units(matvec(p), seen.unit)
             curvature = _tree.vdot(p, q)
+            # The first quotient of Rayleigh gives the unit of A.
+            unit = jnp.where(k == 0, _tree.power_of_two(jnp.abs(curvature) / rz), 1)
+            q, curvature = _in_units(q, unit), curvature / unit
             # 1 / alpha never exceeds the largest eigenvalue (it sits on the diagonal of Lanczos' matrix) of M^-1 A.
-            largest = jnp.maximum(largest, curvature / rz)
-            stretch = largest if preconditioner is None else jnp.maximum(stretch, curvature / _tree.vdot(p, p))
+            largest = jnp.maximum(seen.largest / unit, curvature / rz)
+            stretch = largest
+            if preconditioner is not None:
+                stretch = jnp.maximum(seen.stretch, curvature / _tree.vdot(p, p))
             broken = ~((curvature > eps * largest * rz) & (rz > 0))
             alpha = jnp.where(broken, jnp.zeros_like(rr), rz / curvature)
             v, r = _tree.add_scaled(v, alpha, p), _tree.add_scaled(r, -alpha, q)
             z = precondition(r)
             new = _tree.vdot(r, z)
             p = _tree.add_scaled(z, new / rz, p)
-            return v, r, p, _tree.vdot(r, r), new, k + 1, broken, largest, stretch
+            seen = seen._replace(
+                unit=seen.unit * unit, largest=largest, stretch=stretch, **seen.moved(alpha, new / rz, new)
+            )
+            return v, r, p, _tree.vdot(r, r), new, k + 1, broken, seen
 
         zero = jnp.zeros_like(rr)
-        start = (v, r, z, rr, rz, jnp.zeros((), jnp.int32), jnp.zeros((), bool), zero, zero)
-        v, _, _, rr, rz, k, broken, _, stretch = jax.lax.while_loop(running, body, start)
-        return _nan_unless(jnp.isfinite(rr + rz), v), k + products, (limit, (k >= budget) & ~broken, stretch)
+        seen = _Seen(zero + 1, zero, zero, rz, zero, zero, rz, zero)
+        start = (_tree.zeros_like(b), b, z, rr, rz, jnp.zeros((), jnp.int32), jnp.zeros((), bool), seen)
+        v, _, _, rr, rz, k, broken, seen = jax.lax.while_loop(running, body, start)
+        inverse = 1.5 * jnp.sqrt(seen.inverse)  # on matrices of many spectra it is seldom above two, or below one
+        report = Report(
+            lambda r: inverse / seen.unit * _tree.norm(precondition(r)),
+            limit,
+            spent=(k >= budget) & ~broken & (rr > target),
+            left=jnp.sqrt(rr),
+            stretch=seen.stretch * seen.unit,
+            condition=seen.largest * inverse,
+        )
+        return _nan_unless(jnp.isfinite(rr + rz + limit), _in_units(v, seen.unit)), k + products, report
 
     given = _function_of(preconditioner)
-    return LinearSolver(run, "cg", True, given, partial(_with, cg, tol=tol, max_steps=max_steps))
+    return LinearSolver(run, "cg", True, given, partial(_with, cg, tol=tol, max_steps=max_steps), warm=True)
+
+
+class _Seen(NamedTuple):
+    """What conjugate gradients see of A on the way, in its unit: lower bounds of the norms of M^-1 A and of A.
+
+    And by how much A^-1 stretched residuals: the steps since the residual was last a tenth of what it had been before
+    add up to A^-1 of what it lost, and their length follows from the coefficients alone (Hestenes and Stiefel, 1952,
+    theorem 5:3; Strakos and Tichy, 2002). Lengths are squared.
+    """
+
+    unit: Array
+    largest: Array
+    stretch: Array
+    length: Array  # of the last direction
+    walked: Array  # since the start of this stretch of steps
+    overlap: Array  # of what was walked with the last direction
+    first: Array  # of the residual at its start
+    inverse: Array
+
+    def moved(self, alpha: Array, beta: Array, rz: Array) -> dict[str, Array]:
+        """What a step of this length changes, if it leaves a residual rz."""
+        walked = self.walked + 2 * alpha * self.overlap + alpha**2 * self.length
+        fresh = rz < 0.01 * self.first
+        return {
+            "length": rz + beta**2 * self.length,
+            "walked": jnp.where(fresh, 0, walked),
+            "overlap": jnp.where(fresh, 0, beta * (self.overlap + alpha * self.length)),
+            "first": jnp.where(fresh, rz, self.first),
+            "inverse": jnp.maximum(self.inverse, _safe_ratio(walked, self.first + rz)),
+        }
 
 
 def bicgstab(
@@ -286,7 +420,7 @@ def bicgstab(
             the answer. It may close over traced values, which have no derivative there.
 
     Raises:
-        ValueError: a tolerance that is not positive, a step budget below 1.
+        ValueError: a tolerance outside (0, 1), a step budget below 1.
         TypeError: a preconditioner that is no function of v; at trace time, one that changes structure, shape or dtype.
 
     Cost: two products a step and two applications of the preconditioner, seven copies of v; one product more for the
@@ -305,44 +439,71 @@ def bicgstab(
     max_steps = count("bicgstab", "max_steps", max_steps)
     _checked_preconditioner("bicgstab", preconditioner)
 
-    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+    def run(matvec: MatVec, b: Any, size: Array) -> tuple[Any, Array, Report]:
         limit = limit_of(b)
         precondition, products = _preconditioned(preconditioner, matvec, b)
-        v, r = _start(matvec, b, guess)
-        target = limit * _tree.norm(b)
-        shadow = r
+        target = (limit * size) ** 2
 
         def running(carry: Any) -> Array:
-            _, r, _, _, k, broken, _ = carry
-            return (_tree.norm(r) > target) & (k < max_steps) & ~broken
+            *_, rr, k, broken, _ = carry
+            return (rr > target) & (k < max_steps) & ~broken
 
         def body(carry: Any) -> Any:
-            v, r, p, rho, k, _, stretch = carry
+            v, r, p, rho, _, k, _, seen = carry
             along = precondition(p)
-            q = matvec(along)
-            alpha = _safe_ratio(rho, _tree.vdot(shadow, q))
+            q = _in_units(matvec(along), seen.unit)
+            overlap = _tree.vdot(b, q)
+            # The first overlap, of b and A M^-1 b, gives the unit of A.
+            unit = jnp.where(k == 0, _tree.power_of_two(jnp.abs(overlap) / rho), 1)
+            q, overlap, unit = _in_units(q, unit), overlap / unit, seen.unit * unit
+            alpha = _safe_ratio(rho, overlap)
             s = _tree.add_scaled(r, -alpha, q)
             then = precondition(s)
-            t = matvec(then)
-            length = _tree.vdot(t, t)
+            t = _in_units(matvec(then), unit)
+            length, shortened = _tree.vdot(t, t), _tree.vdot(s, s)
             omega = _safe_ratio(_tree.vdot(t, s), length)
-            stretch = jnp.maximum(stretch, jnp.sqrt(_safe_ratio(length, _tree.vdot(then, then))))
             v = _tree.add_scaled(_tree.add_scaled(v, alpha, along), omega, then)
             r = _tree.add_scaled(s, -omega, t)
-            new = _tree.vdot(shadow, r)
+            new = _tree.vdot(b, r)
             beta = _safe_ratio(new, rho) * _safe_ratio(alpha, omega)
+            stretches = jnp.stack([_safe_ratio(_tree.vdot(q, q), _tree.vdot(p, p)), _safe_ratio(length, shortened)])
             p = _tree.add_scaled(r, beta, _tree.add_scaled(p, -omega, q))
-            broken = (alpha == 0) | (omega == 0) | (new == 0) & (_tree.norm(r) > target)
-            return v, r, p, new, k + 2, broken, stretch
+            most, least = jnp.max(stretches), jnp.min(jnp.where(stretches > 0, stretches, jnp.inf))
+            stretch = most if preconditioner is None else _safe_ratio(length, _tree.vdot(then, then))
+            seen = _Stretches(
+                unit, jnp.maximum(seen.most, most), jnp.minimum(seen.least, least), jnp.maximum(seen.stretch, stretch)
+            )
+            rr = _tree.vdot(r, r)
+            broken = (alpha == 0) | (omega == 0) | (new == 0) & (rr > target)
+            return v, r, p, new, rr, k + 2, broken, seen
 
-        rho = _tree.vdot(r, r)
-        start = (v, r, r, rho, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros_like(rho))
-        v, r, _, _, k, broken, stretch = jax.lax.while_loop(running, body, start)
-        spent = (k >= max_steps) & ~broken
-        return _nan_unless(jnp.isfinite(_tree.norm(r)), v), k + products, (limit, spent, stretch)
+        rr = _tree.vdot(b, b)
+        zero = jnp.zeros_like(rr)
+        seen = _Stretches(zero + 1, zero, zero + jnp.inf, zero)
+        start = (_tree.zeros_like(b), b, b, rr, rr, jnp.zeros((), jnp.int32), jnp.zeros((), bool), seen)
+        v, _, _, _, rr, k, broken, seen = jax.lax.while_loop(running, body, start)
+        report = Report(
+            lambda r: jax.lax.rsqrt(seen.least) / seen.unit * _tree.norm(precondition(r)),
+            limit,
+            spent=(k >= max_steps) & ~broken & (rr > target),
+            left=jnp.sqrt(rr),
+            stretch=jnp.sqrt(seen.stretch) * seen.unit,
+            condition=jnp.sqrt(seen.most / seen.least),
+        )
+        return _nan_unless(jnp.isfinite(rr + limit), _in_units(v, seen.unit)), k + products, report
 
     given = _function_of(preconditioner)
-    return LinearSolver(run, "bicgstab", False, given, partial(_with, bicgstab, tol=tol, max_steps=max_steps))
+    options = {"tol": tol, "max_steps": max_steps}
+    return LinearSolver(run, "bicgstab", False, given, partial(_with, bicgstab, **options), warm=True)
+
+
+class _Stretches(NamedTuple):
+    """Of the vectors that were multiplied, in the unit of A: the squares of how A M^-1 stretched them, and A."""
+
+    unit: Array
+    most: Array
+    least: Array
+    stretch: Array
 
 
 def gmres(
@@ -369,7 +530,7 @@ def gmres(
             the answer. It may close over traced values, which have no derivative there.
 
     Raises:
-        ValueError: a tolerance that is not positive, a step budget or restart below 1.
+        ValueError: a tolerance outside (0, 1), a step budget or restart below 1.
         TypeError: a preconditioner that is no function of v; at trace time, one that changes structure, shape or dtype.
 
     Cost: one product a step and, a cycle of m = restart steps, one more; as many applications of the preconditioner;
@@ -390,11 +551,11 @@ def gmres(
     restart = count("gmres", "restart", restart)
     _checked_preconditioner("gmres", preconditioner)
 
-    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+    def run(matvec: MatVec, b: Any, size: Array) -> tuple[Any, Array, Report]:
         limit = limit_of(b)
         precondition, products = _preconditioned(preconditioner, matvec, b)
         m = min(restart, _tree.real_size(b))
-        target = limit * _tree.norm(b)
+        target = limit * size
 
         def combine(coefficients: Array, basis: Any) -> Any:
             def one(leaf: Array) -> Array:
@@ -403,46 +564,51 @@ def gmres(
 
             return jax.tree.map(one, basis)
 
-        def unit(r: Any, size: Array) -> Any:
+        def normalised(r: Any, size: Array) -> Any:
             return _tree.scale(_safe_ratio(jnp.ones_like(size), size), r)
 
-        def cycle(v: Any, r: Any, size: Array) -> tuple[Any, Any, Array, Array]:
+        def cycle(v: Any, r: Any, size: Array, unit: Array) -> tuple[Any, ...]:
             basis = jax.tree.map(
-                lambda leaf: jnp.zeros((m + 1, *leaf.shape), leaf.dtype).at[0].set(leaf), unit(r, size)
+                lambda leaf: jnp.zeros((m + 1, *leaf.shape), leaf.dtype).at[0].set(leaf), normalised(r, size)
             )
             hessenberg = jnp.zeros((m + 1, m), size.dtype)
 
             def arnoldi(j: Array, carry: Any) -> Any:
-                basis, hessenberg, stretch = carry
+                basis, hessenberg, stretch, unit = carry
                 z = precondition(jax.tree.map(lambda leaf: leaf[j], basis))
                 w = matvec(z)
                 length = _tree.norm(w)
                 stretch = jnp.maximum(stretch, _safe_ratio(length, _tree.norm(z)))
+                unit = jnp.where(unit > 0, unit, _tree.power_of_two(length))  # that of A: its first product's
+                w = _in_units(w, unit)
                 column = jnp.zeros(m + 1, size.dtype)
                 for _ in range(2):
                     overlap = jax.vmap(lambda direction, w=w: _tree.vdot(direction, w))(basis)
                     w = _tree.subtract(w, combine(overlap, basis))
                     column = column + overlap
                 rest = _tree.norm(w)
-                rest = jnp.where(rest > 10 * jnp.finfo(rest.dtype).eps * length, rest, jnp.zeros_like(rest))
-                basis = jax.tree.map(lambda leaf, new: leaf.at[j + 1].set(new), basis, unit(w, rest))
-                return basis, hessenberg.at[:, j].set(column.at[j + 1].set(rest)), stretch
+                rest = jnp.where(rest > 10 * jnp.finfo(rest.dtype).eps * length / unit, rest, jnp.zeros_like(rest))
+                basis = jax.tree.map(lambda leaf, new: leaf.at[j + 1].set(new), basis, normalised(w, rest))
+                return basis, hessenberg.at[:, j].set(column.at[j + 1].set(rest)), stretch, unit
 
-            start = (basis, hessenberg, jnp.zeros_like(size))
-            basis, hessenberg, stretch = jax.lax.fori_loop(0, m, arnoldi, start)
+            start = (basis, hessenberg, jnp.zeros_like(size), unit)
+            basis, hessenberg, stretch, unit = jax.lax.fori_loop(0, m, arnoldi, start)
             first = jnp.zeros(m + 1, size.dtype).at[0].set(size)
-            y = jnp.linalg.lstsq(hessenberg, first)[0]
-            v = _tree.add(v, precondition(combine(y, basis)))
+            y, _, _, values = jnp.linalg.lstsq(hessenberg, first)
+            v = _tree.add(v, _in_units(precondition(combine(y, basis)), unit))
             r = _tree.subtract(b, matvec(v))
-            return v, r, _tree.norm(r), stretch
+            # Singular values of A M^-1 on the Krylov space lie between its own; those of no direction are zero.
+            kept = values > m * jnp.finfo(values.dtype).eps * values[0]
+            bounds = values[0], jnp.min(jnp.where(kept, values, jnp.inf))
+            return v, r, _tree.norm(r), stretch, unit, bounds
 
         def running(carry: Any) -> Array:
             _, _, size, k, stuck, _ = carry
             return (size > target) & (k < max_steps) & ~stuck
 
         def body(carry: Any) -> Any:
-            v, r, size, k, _, stretch = carry
-            new_v, new_r, new_size, new_stretch = cycle(v, r, size)
+            v, r, size, k, _, (stretch, unit, most, least) = carry
+            new_v, new_r, new_size, new_stretch, unit, bounds = cycle(v, r, size, unit)
             better = new_size < size
             return (
                 _tree.where(better, new_v, v),
@@ -450,18 +616,26 @@ def gmres(
                 jnp.where(better, new_size, size),
                 k + m,
                 ~(new_size < 0.99 * size),
-                jnp.maximum(stretch, new_stretch),
+                (jnp.maximum(stretch, new_stretch), unit, jnp.maximum(most, bounds[0]), jnp.minimum(least, bounds[1])),
             )
 
-        v, r = _start(matvec, b, guess)
-        size = _tree.norm(r)
-        start = (v, r, size, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros_like(size))
-        v, _, size, k, stuck, stretch = jax.lax.while_loop(running, body, start)
-        spent = (k >= max_steps) & ~stuck
-        return _nan_unless(jnp.isfinite(size + stretch), v), k + products, (limit, spent, stretch)
+        left = _tree.norm(b)
+        zero = jnp.zeros_like(left)
+        seen = (zero, zero, zero, zero + jnp.inf)
+        start = (_tree.zeros_like(b), b, left, jnp.zeros((), jnp.int32), jnp.zeros((), bool), seen)
+        v, _, left, k, stuck, (stretch, unit, most, least) = jax.lax.while_loop(running, body, start)
+        report = Report(
+            lambda r: _tree.norm(precondition(r)) / (least * jnp.where(unit > 0, unit, 1)),
+            limit,
+            spent=(k >= max_steps) & ~stuck & (left > target),
+            left=left,
+            stretch=stretch,
+            condition=most / least,
+        )
+        return _nan_unless(jnp.isfinite(left + stretch + limit), v), k + products, report
 
     options = {"tol": tol, "max_steps": max_steps, "restart": restart}
-    return LinearSolver(run, "gmres", False, _function_of(preconditioner), partial(_with, gmres, **options))
+    return LinearSolver(run, "gmres", False, _function_of(preconditioner), partial(_with, gmres, **options), warm=True)
 
 
 def neumann(terms: int, tol: Scalar | None = None) -> LinearSolver:
@@ -477,11 +651,11 @@ def neumann(terms: int, tol: Scalar | None = None) -> LinearSolver:
     Args:
         terms: the highest power, at least 0; 0 is the identity. With a tolerance: at most so many.
         tol: on ``||b - A v|| / ||b||``. None: all terms, without a test, and the status COMPLETED. With it: CONVERGED;
-            STEP_BUDGET_SPENT after all terms; STALLED where the terms have grown to 1e6 times the right side, so that
-            :math:`I - A` is no contraction.
+            STEP_BUDGET_SPENT after all terms; DIVERGED where the terms have grown to 1e6 times the right side, so that
+            :math:`I - A` is no contraction. Without one it is DIVERGED where the residual is not below 1.
 
     Raises:
-        ValueError: a negative number of terms, a tolerance that is not positive.
+        ValueError: a negative number of terms, a tolerance outside (0, 1).
 
     Cost: ``terms`` products at most, and one more for the residual where it is looked at.
 
@@ -499,36 +673,57 @@ def neumann(terms: int, tol: Scalar | None = None) -> LinearSolver:
     terms = count("neumann", "terms", terms, least=0)
     if tol is not None:
         limit_of = _tolerance("neumann", tol)
-        return LinearSolver(partial(_stopping_series, terms, limit_of), f"neumann({terms}, tol)")
+        return LinearSolver(partial(_stopping_series, terms, limit_of), f"neumann({terms}, tol)", warm=True)
 
-    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, None]:
+    def run(matvec: MatVec, b: Any, size: Array) -> tuple[Any, Array, Report]:
         def body(_: Array, v: Any) -> Any:
             return _tree.add(b, _tree.subtract(v, matvec(v)))
 
         v = jax.lax.fori_loop(0, terms, body, b) if terms else b
-        return v, jnp.asarray(terms, jnp.int32), None
+        return v, jnp.asarray(terms, jnp.int32), _of_a_series(size, terms)
 
     return LinearSolver(run, f"neumann({terms})")
 
 
+def _of_a_series(size: Array, terms: int) -> Report:
+    """The residual of a truncated series is its next term; a geometric one goes on at the same rate."""
+
+    def inverse(r: Any) -> Array:
+        left = _tree.norm(r)
+        rate = (left / size) ** (1 / (terms + 1))
+        return jnp.where(rate < 1, left / (1 - rate), jnp.inf)
+
+    return Report(inverse, failed=Status.DIVERGED)
+
+
 def _stopping_series(
-    terms: int, limit_of: Callable[[Any], Array], matvec: MatVec, b: Any, guess: Any
-) -> tuple[Any, Array, Any]:
+    terms: int, limit_of: Callable[[Any], Array], matvec: MatVec, b: Any, size: Array
+) -> tuple[Any, Array, Report]:
     """Terms are added until the next, which is the residual, is small; that one comes along for nothing."""
-    limit, scale = limit_of(b), _tree.norm(b)
+    limit = limit_of(b)
 
     def running(carry: Any) -> Array:
-        _, _, size, k = carry
-        return (size > limit * scale) & (size < 1e6 * scale) & (k < terms)
+        _, _, left, _, k = carry
+        return (left > limit * size) & (left < 1e6 * size) & (k < terms)
 
     def body(carry: Any) -> Any:
-        v, r, _, k = carry
+        v, r, old, _, k = carry
         v, r = _tree.add(v, r), _tree.subtract(r, matvec(r))
-        return v, r, _tree.norm(r), k + 1
+        left = _tree.norm(r)
+        return v, r, left, left / old, k + 1
 
-    v, r = _start(matvec, b, guess)
-    v, r, size, k = jax.lax.while_loop(running, body, (v, r, _tree.norm(r), jnp.zeros((), jnp.int32)))
-    return _tree.add(v, r), k, (limit, k >= terms, jnp.zeros_like(size))
+    left = _tree.norm(b)
+    start = (_tree.zeros_like(b), b, left, jnp.zeros_like(left), jnp.zeros((), jnp.int32))
+    v, r, left, rate, k = jax.lax.while_loop(running, body, start)
+    sound, grown = jnp.isfinite(left + limit), left >= 1e6 * size
+    report = Report(
+        lambda r: jnp.where(rate < 1, _tree.norm(r) / (1 - rate), jnp.inf),
+        limit,
+        spent=(k >= terms) & (left > limit * size) & ~grown,
+        stretch=1.0,
+        failed=jnp.where(grown, Status.DIVERGED, Status.STALLED),
+    )
+    return _nan_unless(sound, _tree.add(v, r)), k, report
 
 
 def identity() -> LinearSolver:
@@ -546,7 +741,7 @@ def identity() -> LinearSolver:
         >>> float(v[0]), float(info.residual)
         (1.0, 0.5)
     """
-    return LinearSolver(lambda matvec, b, guess: (b, jnp.zeros((), jnp.int32), None), "identity")
+    return LinearSolver(lambda matvec, b, size: (b, jnp.zeros((), jnp.int32), _of_a_series(size, 0)), "identity")
 
 
 def dense() -> LinearSolver:
@@ -565,12 +760,18 @@ def dense() -> LinearSolver:
         0.5
     """
 
-    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+    def run(matvec: MatVec, b: Any, size: Array) -> tuple[Any, Array, Report]:
         flat, product, narrow = _flattened(matvec, b)
         matrix = jax.vmap(product, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
-        v = narrow(jnp.linalg.solve(matrix, flat))
-        limit = jnp.asarray(1e4 * jnp.finfo(flat.dtype).eps, flat.dtype)
-        return v, jnp.asarray(flat.size, jnp.int32), (limit, jnp.zeros((), bool), jnp.linalg.norm(matrix))
+        unit = _tree.magnitude(matrix)
+        factor = jax.scipy.linalg.lu_factor(matrix / unit)
+
+        def solve(right: Array) -> Array:
+            return jax.scipy.linalg.lu_solve(factor, right) / unit
+
+        limit = jnp.asarray(8 * jnp.finfo(flat.dtype).eps, flat.dtype)
+        report = Report(lambda r: _tree.norm(solve(_widened(r)[0])), limit, stretch=_tree.norm(matrix))
+        return narrow(solve(flat)), jnp.asarray(flat.size, jnp.int32), report
 
     return LinearSolver(run, "dense")
 
@@ -613,24 +814,34 @@ def nystrom(rank: int, regularisation: Scalar = 1e-2, key: Array | None = None) 
     number("nystrom", "regularisation", regularisation)
     key = jax.random.key(0) if key is None else key
 
-    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, None]:
+    def run(matvec: MatVec, b: Any, size: Array) -> tuple[Any, Array, Report]:
         flat, product, narrow = _flattened(matvec, b)
         n, rho = flat.size, jnp.asarray(regularisation).astype(flat.dtype)
         r = min(rank, n)
         chosen = jax.random.permutation(key, n)[:r]
         units = jnp.zeros((r, n), flat.dtype).at[jnp.arange(r), chosen].set(1)
         columns = jax.vmap(product, out_axes=1)(units)
+        unit = _tree.magnitude((columns, rho))
+        columns, rho = columns / unit, rho / unit
         sizes, vectors = jnp.linalg.eigh(columns[chosen], symmetrize_input=True)
         kept = sizes > n * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(sizes))
         roots = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, sizes, 1)), 0)
         # The sketch is Q diag(stretch^2) Q^T.
         Q, stretch, _ = jnp.linalg.svd((columns @ vectors) * roots[None, :], full_matrices=False)
-        inside = Q.T @ flat
-        v = Q @ (inside / (stretch**2 + rho))
-        if r < n:
-            outside = flat - Q @ inside
-            v = v + (outside - Q @ (Q.T @ outside)) / rho
-        return narrow(v), jnp.asarray(r, jnp.int32), None
+
+        def solve(right: Array) -> Array:
+            inside = Q.T @ right
+            v = Q @ (inside / (stretch**2 + rho))
+            if r < n:
+                outside = right - Q @ inside
+                v = v + (outside - Q @ (Q.T @ outside)) / rho
+            return v / unit
+
+        def inverse(miss: Any) -> Array:
+            rate = _tree.norm(miss) / size
+            return jnp.where(rate < 1, _tree.norm(solve(_widened(miss)[0])) / (1 - rate), jnp.inf)
+
+        return narrow(solve(flat)), jnp.asarray(r, jnp.int32), Report(inverse)
 
     return LinearSolver(run, f"nystrom({rank})", symmetric=True)
 
@@ -682,8 +893,10 @@ def nystrom_preconditioner(rank: int, regularisation: Scalar = 0.0, key: Array |
         r, eps = min(rank, n), jnp.finfo(flat.dtype).eps
         directions, _ = jnp.linalg.qr(jax.random.normal(key, (n, r), flat.dtype))
         sketch = jax.vmap(product, in_axes=1, out_axes=1)(directions) - mu * directions
+        unit = _tree.magnitude((sketch, mu))
+        sketch, mu = sketch / unit, mu / unit
         # The shift keeps the small matrix positive definite in the face of rounding, and is taken off again.
-        shift = jnp.sqrt(jnp.asarray(n, flat.dtype)) * eps * jnp.linalg.norm(sketch)
+        shift = jnp.sqrt(jnp.asarray(n, flat.dtype)) * eps * _tree.norm(sketch)
         sketch = sketch + shift * directions
         sizes, vectors = jnp.linalg.eigh(directions.T @ sketch, symmetrize_input=True)
         sound = sizes > n * eps * jnp.max(jnp.abs(sizes))
@@ -750,15 +963,17 @@ def from_lineax(solver: Any, *, tags: Any = ()) -> LinearSolver:
     except ImportError as error:
         raise ImportError("from_lineax: lineax is not installed; run pip install lineax.") from error
 
-    def run(matvec: MatVec, b: Any, guess: Any) -> tuple[Any, Array, Any]:
+    def run(matvec: MatVec, b: Any, size: Array) -> tuple[Any, Array, Report]:
         operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b), tags)
-        options = {} if guess is None else {"y0": guess}
-        solution = lineax.linear_solve(operator, b, solver, options=options, throw=False)
+        solution = lineax.linear_solve(operator, b, solver, throw=False)
         steps = solution.stats.get("num_steps", 0)
-        rtol = getattr(solver, "rtol", 1e4 * jnp.finfo(_tree.accumulation_dtype(b)).eps)
-        limit = jnp.asarray(rtol).astype(_tree.accumulation_dtype(b))
+        rtol = getattr(solver, "rtol", 100 * jnp.finfo(size.dtype).eps)
         spent = solution.result == lineax.RESULTS.max_steps_reached
         value = _nan_unless(_tree.all_finite(_tree.subtract(b, matvec(solution.value))), solution.value)
-        return value, jnp.asarray(steps, jnp.int32), (limit, jnp.asarray(spent), jnp.zeros_like(limit))
+        report = Report(
+            lambda r: jnp.full_like(size, jnp.inf), jnp.asarray(rtol).astype(size.dtype), jnp.asarray(spent)
+        )
+        return value, jnp.asarray(steps, jnp.int32), report
 
-    return LinearSolver(run, f"lineax.{type(solver).__name__}", symmetric=type(solver).__name__ == "CG")
+    name = type(solver).__name__
+    return LinearSolver(run, f"lineax.{name}", symmetric=name == "CG", warm=True)

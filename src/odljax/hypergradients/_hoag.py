@@ -83,10 +83,10 @@ def hoag(
     def solver_at(tol: Scalar) -> Solver[X, Theta]:
         return implicit(until_converged(iteration, tol=tol, max_steps=max_steps), linear_solver(tol))
 
-    trust = check_trust(who, solver_at(1.0), on_adjoint_failure, error_estimate)
+    trust = check_trust(who, solver_at(0.5), on_adjoint_failure, error_estimate)
 
     def init(theta: Theta, x0: X, *data: Any) -> WarmState:
-        return warm(cold_start(who)(theta, x0), solver_at(1.0))
+        return warm(cold_start(who)(theta, x0), solver_at(0.5))
 
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
         t = state.outer.t

@@ -38,6 +38,8 @@ def weight_of_theta(who: str, name: str, value: Weight, *, closed: bool = False)
         is_callable(who, name, value, "theta")
     elif not isinstance(value, Tracer):
         entries = np.asarray(value)
+        if not jnp.issubdtype(entries.dtype, jnp.integer) and not jnp.issubdtype(entries.dtype, jnp.floating):
+            raise TypeError(f"{who}: {name} must hold numbers, or be a function of theta; {value!r} came.")
         if not np.all(entries >= 0 if closed else entries > 0):
             raise ValueError(f"{who}: {name} must {'not be negative' if closed else 'be positive'}; {value!r} came.")
     return lambda theta: given(value, theta)
@@ -93,10 +95,11 @@ def _takes(function: Callable[..., Any], number: int) -> bool:
 
 
 def solve_definite(matvec: Callable[[Any], Any], b: Any, solver: linear.LinearSolver) -> Any:
-    """``A^-1 b`` for a symmetric positive-definite A, NaN where the solver failed, differentiable in all it touches."""
+    """``A^-1 b`` for a symmetric positive-definite A, NaN where the solver left a residual, differentiable in all it touches."""
 
     def solve(matvec: Callable[[Any], Any], b: Any) -> Any:
         v, info = solver(matvec, b)
-        return _tree.scale(jnp.where(info.status < Status.STEP_BUDGET_SPENT, 1.0, jnp.nan), v)
+        solved = (info.status < Status.STEP_BUDGET_SPENT) | (info.status == Status.ILL_CONDITIONED)
+        return _tree.scale(jnp.where(solved, 1.0, jnp.nan), v)
 
     return linear.differentiable_solve(matvec, b, solve, symmetric=True)
