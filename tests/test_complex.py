@@ -36,6 +36,10 @@ def l1(v, theta, step_size):
     return prox.l1(v, 2.0 * jnp.exp(theta), step_size)
 
 
+def prox_of_square(v, theta, step_size):
+    return prox.ridge(v, 1.0, step_size)
+
+
 def outer(x, theta):
     d = x - TARGET
     return jnp.sum(d.real**2 + 3 * d.imag**2 + d.real * d.imag) + jnp.sin(theta)
@@ -105,6 +109,18 @@ def test_a_complex_solve_is_the_real_one_of_twice_the_size(iteration, derivative
         matrix, right = np.asarray(A), np.asarray(A.conj().T @ B)
         normal = matrix.conj().T @ matrix + np.exp(0.3) * np.eye(N)
         np.testing.assert_allclose(x, np.linalg.solve(normal, right), rtol=0, atol=1e-12)
+
+
+def test_adjoints_of_complex_maps_are_conjugated():
+    x, y, K = np.asarray(X0), np.asarray(draw(M)), np.asarray(A)
+    T = odl.operators.chambolle_pock(
+        prox_of_square, prox_of_square, lambda x, theta: A @ x, step_size=0.1, dual_step_size=0.2
+    )
+    got = jax.jit(T)(odl.operators.PrimalDual(X0, jnp.asarray(y)), THETA)
+    new = (x - 0.1 * K.conj().T @ y) / 1.1
+    np.testing.assert_allclose(got.x, new, rtol=0, atol=1e-13)
+    point = y + 0.2 * K @ (2 * new - x)
+    np.testing.assert_allclose(got.y, point - 0.2 * (point / 0.2) / (1 + 1 / 0.2), rtol=0, atol=1e-13)
 
 
 def test_hypergradients_of_complex_solves():

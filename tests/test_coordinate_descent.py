@@ -49,10 +49,10 @@ def solve(operator, x0, theta, tol=1e-11, max_steps=2000):
 
 def test_a_sweep_updates_one_coordinate_after_the_other():
     x = RNG.standard_normal(5)
-    T = coordinate_descent(half_squares(TARGET), SMALL, prox.l1)
+    T = coordinate_descent(half_squares(TARGET), SMALL, prox.l1, lipschitz=1.3)
     want = x.copy()
     for j in range(5):
-        L = SMALL[:, j] @ SMALL[:, j]
+        L = 1.3 * SMALL[:, j] @ SMALL[:, j]
         want[j] = soft(want[j] - SMALL[:, j] @ (SMALL @ want - TARGET) / L, 0.7 / L)
     np.testing.assert_allclose(T(jnp.asarray(x), 0.7), want, rtol=0, atol=1e-13)
     np.testing.assert_allclose(displacement(T, jnp.asarray(x), 0.7), x - want, rtol=0, atol=1e-13)
@@ -180,7 +180,9 @@ def test_box_program_against_an_active_set_method():
     from scipy.optimize import lsq_linear
 
     want = lsq_linear(SMALL, TARGET, (-0.2, 0.1), method="bvls", tol=1e-14).x
-    T = box_quadratic_program(SMALL.T @ SMALL, -SMALL.T @ TARGET, jnp.full(5, -0.2), jnp.full(5, 0.1))
+    # Of a P that is not symmetric its symmetric part counts.
+    skew = np.triu(np.ones((5, 5))) - np.tril(np.ones((5, 5)))
+    T = box_quadratic_program(SMALL.T @ SMALL + skew, -SMALL.T @ TARGET, jnp.full(5, -0.2), jnp.full(5, 0.1))
     solution = solve(T, jnp.zeros(5), None)
     np.testing.assert_allclose(solution.x, want, rtol=0, atol=1e-9)
     np.testing.assert_allclose(displacement(T, jnp.ones(5), None), np.ones(5) - T(jnp.ones(5), None), atol=1e-14)
@@ -207,7 +209,20 @@ def test_without_a_prox_a_sweep_is_non_expansive_in_the_energy_metric_and_not_in
     np.testing.assert_allclose(G, gram, rtol=0, atol=1e-14)
     assert energies(T, G, 3).max() <= 1 + 1e-12
     assert energies(T, np.eye(3), 3).max() > 1.1
+    # A constant above the curvatures relaxes the projections; one below half of them goes too far.
+    weights = np.array([1.0, 3.0, 2.0])
+    weighted = lambda u, theta: 0.5 * jnp.sum(weights * (u - 1) ** 2)
+    for constant, sound in ((3.0, True), (0.45, False)):
+        T = coordinate_descent(weighted, STRETCHED, lipschitz=constant)
+        G = np.asarray(jax.vmap(lambda v: T.metric(v, 0.3))(jnp.eye(3)))
+        np.testing.assert_allclose(G, STRETCHED.T @ np.diag(weights) @ STRETCHED, rtol=0, atol=1e-14)
+        assert (energies(T, G, 3).max() <= 1 + 1e-12) == sound
+    # What is singular is no metric: more unknowns than predictions.
+    wide = [coordinate_descent(half_squares(np.ones(2)), STRETCHED[:2])]
+    wide += [block_coordinate_descent(half_squares(np.ones(3)), np.ones((3, 2, 2)))]
+    assert [T.metric for T in wide] == [None, None]
     # Gauss and Seidel: x+ = (D + L)^-1 (A'b - U x).
+    T = coordinate_descent(half_squares(np.ones(3)), STRETCHED)
     x = RNG.standard_normal(3)
     lower = np.tril(gram)
     want = np.linalg.solve(lower, STRETCHED.T @ np.ones(3) - (gram - lower) @ x)

@@ -67,6 +67,15 @@ def test_forward_keeps_float32_and_mixed_dtypes():
     assert jax.tree.map(lambda g: g.dtype, gradient) == jax.tree.map(lambda t: t.dtype, problem.theta)
 
 
+def test_forward_stops_by_the_relative_tolerance():
+    """x_k = theta (1 - 2^-k) has the residual theta 2^-(k+1): at k = 9 it is below a thousandth of x_k."""
+    halved = odl.fixed_point(lambda x, theta: 0.5 * (x + theta))
+    solver = odl.forward(odl.until_converged(halved, tol=0.0, relative_tol=1e-3, max_steps=40))
+    solution, slope = jax.jit(lambda t: (solver(0.0, t), jax.grad(lambda t: solver(0.0, t).x)(t)))(jnp.asarray(3.0))
+    assert (int(solution.num_steps), int(solution.status)) == (9, odl.Status.CONVERGED)
+    close((solution.x, slope), (3 * (1 - 0.5**9), 1 - 0.5**9))
+
+
 @pytest.mark.usefixtures("optimised")
 def test_the_memory_of_forward_does_not_grow_with_the_steps():
     """p + 1 iterates, whatever the steps; a start or data that nobody differentiates cost no column."""
@@ -84,6 +93,22 @@ def test_the_memory_of_forward_does_not_grow_with_the_steps():
     few, many = temporary_bytes(10), temporary_bytes(1000)
     assert many <= few + 64
     assert many <= 4 * 8 * (3 * rows + 5 * columns)
+
+
+# ---- truncated -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_truncated_steps_keep_their_numbers(stopping):
+    """x <- x - s_k (x - theta) with s_k = 1 / (k + 2): the last three steps, or three more after the stop."""
+    descent = odl.gradient_descent(lambda x, theta: 0.5 * (x - theta) ** 2, lambda k: 1 / (k.astype(float) + 2))
+    if stopping:  # x_k = theta k / (k + 1), and so |x_9 - theta| = 0.3
+        solver, first = odl.until_converged(descent, tol=0.31, max_steps=40), 9
+    else:
+        solver, first = odl.for_steps(descent, 10), 7
+    value, slope = jax.jit(jax.value_and_grad(lambda t: odl.truncated(solver, num_steps=3)(0.0, t).x))(3.0)
+    close(slope, 1 - np.prod([1 - 1 / (k + 2) for k in range(first, first + 3)]))
+    close(value, 3 * (1 - 1 / (10 if stopping else 11)))
 
 
 # ---- phantom ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 import odljax as odl
 from odljax import operators, prox
 from odljax.operators import ADMMVariables, Operator
-from odljax.operators._operator import displacement
+from odljax.operators._operator import displacement, natural_residual
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal((5, 4))
@@ -354,6 +354,34 @@ def test_linearized_admm_on_pytrees_with_mixed_dtypes():
     new = T(u, 0.3).z
     np.testing.assert_allclose(new["code"], want[:4], rtol=0, atol=1e-13)
     np.testing.assert_allclose(new["offset"], want[4], rtol=3e-7)
+
+
+# ---- natural residuals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [
+        (lambda s: operators.gradient(least_squares, s), "gradient"),
+        (lambda s: operators.gradient(least_squares, lambda theta: s + 0 * theta), "gradient"),
+        (lambda s: operators.averaged(operators.gradient(least_squares, s), 1.7), "gradient"),
+        (lambda s: operators.averaged(Operator(lambda x, theta: x - slope(x, theta)), s), "gradient of x"),
+        (lambda s: operators.forward_backward(least_squares, lambda v, t, s: v, s), "gradient"),
+        (lambda s: operators.forward_backward(least_squares, l1, s), "map"),
+    ],
+)
+def test_the_natural_residual_is_free_of_step_and_relaxation(build, kind):
+    """The gradient, or the prox-gradient map, whatever the step size; compared with x only where it has x's unit."""
+    x, theta = RNG.standard_normal(4), 0.4
+    for size in (1e-7, 0.05, 1.0):
+        (part,) = natural_residual(build(size), jnp.asarray(x), theta)
+        want = slope(x, theta)
+        if kind == "map":
+            want = (x - soft(x - size * want, size * theta)) / size
+        np.testing.assert_allclose(part.value, want, rtol=1e-8)
+        assert (part.scale is None) == (kind != "gradient of x")
+        if part.scale is not None:
+            np.testing.assert_array_equal(part.scale[0], x)
 
 
 # ---- averaged and compose --------------------------------------------------------------------------------------------

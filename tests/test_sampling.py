@@ -80,6 +80,18 @@ def test_drawing_in_a_loop_in_scan_and_under_vmap_is_the_same():
     np.testing.assert_array_equal(sampler.take(jnp.arange(10) * 2, rows[0]), rows[0] * 2)
 
 
+def test_no_key_is_drawn_from_twice():
+    """What an epoch draws is not what the keys before and after it give."""
+    sampler = epochs(6, 6)
+    draw, state = jax.jit(sampler.draw), sampler.init(jax.random.key(7))
+    for _ in range(3):
+        _, drawn = draw(state)
+        for key in (state.key, drawn.key):
+            bits = np.asarray(jax.random.bits(key, drawn.rounds.shape, np.uint32))
+            assert not np.isin(np.asarray(drawn.rounds), bits).any()
+        state = drawn
+
+
 def test_without_float64(float32_only):
     drawn = draws(epochs(12, 4), jax.random.key(0), 2)
     assert drawn.dtype == jnp.int32

@@ -901,6 +901,20 @@ def test_proximal_alm_by_newton():
     np.testing.assert_allclose(x, tilted(1.5), rtol=0, atol=1e-10)
     want = OUTER @ (tilted(1.5 + 1e-5) - tilted(1.5 - 1e-5)) / 2e-5
     np.testing.assert_allclose(gradient, want, rtol=1e-7)
+    # Away from the fixed point the number of Newton's steps counts.
+    x, y, K = np.array([0.2, 0.3, 0.1, 0.4]), np.array([0.3, -0.2]), np.stack([np.ones(4), np.asarray(values)])
+    z = x
+    for _ in range(2):
+        slope = np.log(z) + K.T @ (y + 2 * (K @ z - [1, 1.5])) + 0.2 * (z - x)
+        z = z - np.linalg.solve(np.diag(1 / z) + 2 * K.T @ K + 0.2 * np.eye(4), slope)
+    got = jax.jit(T)(PrimalDual(jnp.asarray(x), jnp.asarray(y)), jnp.asarray(1.5))
+    np.testing.assert_allclose(flat(got), np.concatenate([z, y + 2 * (K @ z - [1, 1.5])]), rtol=0, atol=1e-12)
+
+
+def test_proximal_alm_carries_a_metric_only_where_it_is_one():
+    for weight, definite in ((0.0, False), (WEIGHTS, True), (np.array([1.0, 0, 2, 3]), False), (0.1, True)):
+        T = operators.proximal_alm(least_squares(jnp.float64), dot(E), jnp.asarray(B_E), proximal_weight=weight)
+        assert (T.metric is not None) == definite
 
 
 def test_proximal_alm_by_a_minimisation_of_the_users():
@@ -916,16 +930,20 @@ def test_proximal_alm_by_a_minimisation_of_the_users():
 
 
 def test_a_preconditioner_may_be_any_definite_map():
-    """With the Hessian itself one step is Newton's; the inverse is derived where it is not given."""
+    """With the Hessian itself one step is Newton's; the inverse is derived where it is not given.
+
+    The prox, whose metric cannot be told by a step size, gets the step size 1.
+    """
     hessian = jnp.asarray(H)
-    identity = lambda v, theta, step_size: v
+    shrink = lambda v, theta, step_size: prox.l1(v, 0.3, step_size)
     x = jnp.asarray(RNG.standard_normal(4))
     for inverse in (None, lambda v, theta: jnp.linalg.solve(hessian, v) / theta):
         T = operators.preconditioned_forward_backward(
-            least_squares(jnp.float64), identity, lambda v, theta: theta * (hessian @ v), preconditioner_inverse=inverse
+            least_squares(jnp.float64), shrink, lambda v, theta: theta * (hessian @ v), preconditioner_inverse=inverse
         )
-        np.testing.assert_allclose(T(x, 1.0), np.linalg.solve(H, Q), rtol=0, atol=1e-10)
-        np.testing.assert_allclose(T(x, 2.0), (np.asarray(x) + np.linalg.solve(H, Q)) / 2, rtol=0, atol=1e-10)
+        newton = np.linalg.solve(H, Q)
+        np.testing.assert_allclose(T(x, 1.0), soft(newton, 0.3), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(T(x, 2.0), soft((np.asarray(x) + newton) / 2, 0.3), rtol=0, atol=1e-10)
         np.testing.assert_allclose(as_matrix(lambda v: T.metric(v, 2.0), jnp.zeros(4)), 2 * H, rtol=0, atol=1e-12)
         assert (T.metric_inverse is None) == (inverse is None)
 

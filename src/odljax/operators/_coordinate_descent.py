@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -40,8 +42,10 @@ def coordinate_descent(
     minimisers, for convex g with an L-Lipschitz gradient and convex :math:`h_j`; it converges linearly where the
     objective is strongly convex.
 
-    Non-expansive: without a prox, for a quadratic g, in the energy metric :math:`A^\top \nabla^2 g A` (each update is
-    an orthogonal projection in it), which the operator then carries; not in the identity. With a prox it is in general
+    Non-expansive: without a prox, for a quadratic g, in the energy metric :math:`A^\top \nabla^2 g A`; not in the
+    identity. (Each update is an orthogonal projection in it, relaxed by the curvature of its coordinate over
+    :math:`L_j`: 1 for least squares.) The operator carries it, with the curvature of g at a prediction of zero, but
+    where A is an array with more columns than rows, and it is singular. With a prox the sweep is in general
     non-expansive in neither and carries none: what is known there is descent, so theory that starts from a
     non-expansive map (averaging, ``hodl``) does not cover it.
 
@@ -186,10 +190,13 @@ def _descent(
         _, bent = jax.jvp(slope_of, (jnp.zeros_like(image),), (image,))
         return jax.vmap(lambda column: _pull(column, bent))(jnp.moveaxis(matrix, 1, 0))
 
+    # The energy of more unknowns than predictions is semidefinite: no metric.
+    n, *of_x = (1,) if callable(design) else (*np.shape(design), 1)
+    definite = math.prod(of_x) <= n
     return Operator(
         apply=lambda x, theta: sweep(x, theta)[1],
         displacement=lambda x, theta: sweep(x, theta)[0],
-        metric=energy if prox is None else None,
+        metric=energy if prox is None and definite else None,
         name=who,
     )
 

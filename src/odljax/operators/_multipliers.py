@@ -52,8 +52,9 @@ def proximal_alm(
     and ``answer`` reads x.
 
     When: f is convex. The operator is then firmly non-expansive in the metric :math:`G = \operatorname{diag}(G_0,
-    I/\beta)`, which it carries where :math:`G_0` is definite; with :math:`G_0 = 0`, the classical method of
-    multipliers, x has no memory, only y counts, and no metric is carried. The minimisation must be exact for this.
+    I/\beta)`, which it carries where :math:`G_0` is definite. Where it is not (0, the classical method of multipliers;
+    a diagonal with a zero), x has directions without memory, and no metric is carried; of a function of theta or a
+    linear map, which cannot be looked into, it is taken to be. The minimisation must be exact for this.
     By default it is a step of Newton's method from x, its system solved by conjugate gradients: exact where f is
     quadratic. Of any other smooth f it takes ``num_newton_steps``, undamped; whatever their number the fixed
     points, and the derivative there, are exact, because at a fixed point Newton's method starts at its root. An f
@@ -151,10 +152,9 @@ def proximal_alm(
     def metric(v: PrimalDual, theta: Any) -> PrimalDual:
         return type(v)(G0.apply(v.x, theta), _tree.scale(1 / beta_of(theta), v.y))
 
-    # With G_0 = 0 the form is semidefinite: no metric.
+    # Where G_0 has a zero the form is semidefinite: no metric.
     known = not callable(proximal_weight) and not isinstance(proximal_weight, Tracer)
-    nothing = known and not np.any(np.asarray(proximal_weight))
-    carried = None if nothing else metric
+    carried = None if known and not np.all(np.asarray(proximal_weight)) else metric
     return Operator(apply, displacement, carried, readout=lambda u, theta: u.x, name=who)
 
 
