@@ -322,86 +322,82 @@ def cg(
         z = precondition(b)
         if preconditioner is not None:
             # M in units in which its first answer is of order one.
-            unit, apply = _tree.magnitude(z), precondition
-            precondition = lambda r: _in_units(apply(r), unit)  # noqa: E731
-            z = _in_units(z, unit)
+            scale, apply = _tree.magnitude(z), precondition
+            precondition = lambda r: _in_units(apply(r), scale)  # noqa: E731
+            z = _in_units(z, scale)
         rr, rz = _tree.vdot(b, b), _tree.vdot(b, z)
         eps = jnp.finfo(rr.dtype).eps
 
         def running(carry: Any) -> Array:
-            *_, rr, _, k, broken, _ = carry
+            *_, rr, _, k, broken, _, _, _ = carry
             return (rr > target) & (k < budget) & ~broken
 
         def body(carry: Any) -> Any:
-            v, r, p, rr, rz, k, _, seen = carry
-            q = _in_units(matvec(p), seen.unit)
+            v, r, p, rr, rz, k, _, unit, largest, packed = carry
+            q = _in_units(matvec(p), unit)
             curvature = _tree.vdot(p, q)
             # The first quotient of Rayleigh gives the unit of A.
-            unit = jnp.where(k == 0, _tree.power_of_two(jnp.abs(curvature) / rz), 1)
-            q, curvature = _in_units(q, unit), curvature / unit
+            change = jnp.where(k == 0, _tree.power_of_two(jnp.abs(curvature) / rz), 1)
+            q, curvature, unit = _in_units(q, change), curvature / change, unit * change
             # 1 / alpha never exceeds the largest eigenvalue (it sits on the diagonal of Lanczos' matrix) of M^-1 A.
-            largest = jnp.maximum(seen.largest / unit, curvature / rz)
-            stretch = largest
-            if preconditioner is not None:
-                stretch = jnp.maximum(seen.stretch, curvature / _tree.vdot(p, p))
+            largest = jnp.maximum(largest, curvature / rz)
+            stretch = largest if preconditioner is None else curvature / _tree.vdot(p, p)
             broken = ~((curvature > eps * largest * rz) & (rz > 0))
             alpha = jnp.where(broken, jnp.zeros_like(rr), rz / curvature)
             v, r = _tree.add_scaled(v, alpha, p), _tree.add_scaled(r, -alpha, q)
             z = precondition(r)
             new = _tree.vdot(r, z)
             p = _tree.add_scaled(z, new / rz, p)
-            seen = seen._replace(
-                unit=seen.unit * unit, largest=largest, stretch=stretch, **seen.moved(alpha, new / rz, new)
-            )
-            return v, r, p, _tree.vdot(r, r), new, k + 1, broken, seen
+            packed = jnp.stack(_Walk(*packed).after(stretch, alpha, new / rz, new))
+            return v, r, p, _tree.vdot(r, r), new, k + 1, broken, unit, largest, packed
 
         zero = jnp.zeros_like(rr)
-        seen = _Seen(zero + 1, zero, zero, rz, zero, zero, rz, zero)
-        start = (_tree.zeros_like(b), b, z, rr, rz, jnp.zeros((), jnp.int32), jnp.zeros((), bool), seen)
-        v, _, _, rr, rz, k, broken, seen = jax.lax.while_loop(running, body, start)
+        packed = jnp.stack(_Walk(zero, rz, zero, zero, rz, zero))  # one array, which the loop hands on faster
+        none, broken = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+        start = (_tree.zeros_like(b), b, z, rr, rz, none, broken, zero + 1, zero, packed)
+        v, _, _, rr, rz, k, broken, unit, largest, packed = jax.lax.while_loop(running, body, start)
+        seen = _Walk(*packed)
         inverse = 1.5 * jnp.sqrt(seen.inverse)  # on matrices of many spectra it is seldom above two, or below one
         report = Report(
-            lambda r: inverse / seen.unit * _tree.norm(precondition(r)),
+            lambda r: inverse / unit * _tree.norm(precondition(r)),
             limit,
             spent=(k >= budget) & ~broken & (rr > target),
             left=jnp.sqrt(rr),
-            stretch=seen.stretch * seen.unit,
-            condition=seen.largest * inverse,
+            stretch=seen.stretch * unit,
+            condition=largest * inverse,
         )
-        return _nan_unless(jnp.isfinite(rr + rz + limit), _in_units(v, seen.unit)), k + products, report
+        return _nan_unless(jnp.isfinite(rr + rz + limit), _in_units(v, unit)), k + products, report
 
     given = _function_of(preconditioner)
     return LinearSolver(run, "cg", True, given, partial(_with, cg, tol=tol, max_steps=max_steps), warm=True)
 
 
-class _Seen(NamedTuple):
-    """What conjugate gradients see of A on the way, in its unit: lower bounds of the norms of M^-1 A and of A.
+class _Walk(NamedTuple):
+    """What conjugate gradients see of the norms of A and A^-1 M on the way, in the unit of A; lengths are squared.
 
-    And by how much A^-1 stretched residuals: the steps since the residual was last a tenth of what it had been before
-    add up to A^-1 of what it lost, and their length follows from the coefficients alone (Hestenes and Stiefel, 1952,
-    theorem 5:3; Strakos and Tichy, 2002). Lengths are squared.
+    The steps since the residual was last a tenth of what it had been before add up to A^-1 of what it lost, and their
+    length follows from the coefficients alone (Hestenes and Stiefel, 1952, theorem 5:3; Strakos and Tichy, 2002).
     """
 
-    unit: Array
-    largest: Array
     stretch: Array
-    length: Array  # of the last direction
+    direction: Array
     walked: Array  # since the start of this stretch of steps
-    overlap: Array  # of what was walked with the last direction
-    first: Array  # of the residual at its start
+    overlap: Array  # of what was walked with the direction
+    first: Array  # the residual at its start
     inverse: Array
 
-    def moved(self, alpha: Array, beta: Array, rz: Array) -> dict[str, Array]:
-        """What a step of this length changes, if it leaves a residual rz."""
-        walked = self.walked + 2 * alpha * self.overlap + alpha**2 * self.length
+    def after(self, stretch: Array, alpha: Array, beta: Array, rz: Array) -> _Walk:
+        """After a step of length alpha that leaves a residual rz."""
+        walked = self.walked + 2 * alpha * self.overlap + alpha**2 * self.direction
         fresh = rz < 0.01 * self.first
-        return {
-            "length": rz + beta**2 * self.length,
-            "walked": jnp.where(fresh, 0, walked),
-            "overlap": jnp.where(fresh, 0, beta * (self.overlap + alpha * self.length)),
-            "first": jnp.where(fresh, rz, self.first),
-            "inverse": jnp.maximum(self.inverse, _safe_ratio(walked, self.first + rz)),
-        }
+        return _Walk(
+            stretch=jnp.maximum(self.stretch, stretch),
+            direction=rz + beta**2 * self.direction,
+            walked=jnp.where(fresh, 0, walked),
+            overlap=jnp.where(fresh, 0, beta * (self.overlap + alpha * self.direction)),
+            first=jnp.where(fresh, rz, self.first),
+            inverse=jnp.maximum(self.inverse, _safe_ratio(walked, self.first + rz)),
+        )
 
 
 def bicgstab(
