@@ -48,8 +48,8 @@ def facts_of(solution: Solution) -> tuple[Array, Array]:
     return solution.status, jnp.zeros(()) if residual is None else residual
 
 
-def with_alarm(solver: Solver, on_failure: str) -> Solver:
-    """The solver, a derivative of whose solution tells the host if the solve failed; it keeps the quiet one."""
+def with_alarm(solver: Solver, on_failure: str, worst: Status = Status.CONVERGED) -> Solver:
+    """The solver, a derivative of whose solution tells the host of a status worse than one; it keeps the quiet one."""
     quiet = dataclasses.replace(solver, quiet=None)
     if on_failure == "ignore":
         return quiet
@@ -57,7 +57,9 @@ def with_alarm(solver: Solver, on_failure: str) -> Solver:
 
     def solve(x0: Any, theta: Any) -> Solution:
         solution = quiet.solve(x0, theta)
-        return solution._replace(x=reported(solution.x, facts_of(solution), tell, in_derivative=True))
+        status, residual = facts_of(solution)
+        status = jnp.where(status > int(worst), status, jnp.zeros_like(status))
+        return solution._replace(x=reported(solution.x, (status, residual), tell, in_derivative=True))
 
     return dataclasses.replace(solver, solve=solve, quiet=quiet)
 
@@ -108,7 +110,7 @@ def _report() -> Any:
     def told(*arguments: Any, tell: Any, count: int, quiet: bool) -> list[Any]:
         values, facts = arguments[:count], arguments[count:]
         if not quiet:
-            failed = jnp.any(facts[0] >= Status.STEP_BUDGET_SPENT)
+            failed = jnp.any(facts[0] >= int(Status.STEP_BUDGET_SPENT))
             jax.lax.cond(failed, lambda: jax.debug.callback(tell, *facts), lambda: None)
         return list(values)
 

@@ -13,7 +13,7 @@ from jax import Array
 
 from .. import _tree
 from .._checks import is_a, uncoupled
-from .._types import Theta, X
+from .._types import Status, Theta, X
 from ..solvers import Solution, Solver, for_steps
 from ..solvers._solver import stopping_loop
 from ._failure import check_policy, with_alarm
@@ -36,7 +36,7 @@ def forward(solver: Solver[X, Theta], *, on_failure: str = "warn") -> Solver[X, 
     Args:
         solver: from ``for_steps`` or ``until_converged``, or another derivative of one. As in ``unrolled`` the latter
             takes one step at least.
-        on_failure: what a failed solve does to a derivative, as in ``implicit``.
+        on_failure: what a solve that diverged, or worse, does to a derivative, as in ``unrolled``.
 
     Returns:
         A solver with the same solutions; all fields but x carry no derivative.
@@ -71,7 +71,7 @@ def forward(solver: Solver[X, Theta], *, on_failure: str = "warn") -> Solver[X, 
 
     again = partial(forward, on_failure=on_failure)
     steps = dataclasses.replace(solver, solve=solve, derivative="forward", adjoint=None, differentiate=again)
-    return with_alarm(steps, check_policy("forward", on_failure))
+    return with_alarm(steps, check_policy("forward", on_failure), Status.STALLED)
 
 
 def _steps(solver: Solver, x0: Any, theta: Any) -> Solution:

@@ -111,7 +111,7 @@ def settled(solver: Solver, x0: Any, theta: Any) -> Solution:
         return solution
     first = residual_at(solver.iteration, x0, theta)
     far = (solution.relative_residual > _NEAR) & (solution.residual > _NEAR * first)
-    status = jnp.where(far, jnp.maximum(solution.status, Status.STEP_BUDGET_SPENT), solution.status)
+    status = jnp.where(far, jnp.maximum(solution.status, int(Status.STEP_BUDGET_SPENT)), solution.status)
     return solution._replace(status=status.astype(solution.status.dtype))
 
 
@@ -197,7 +197,7 @@ def alarm(who: str, on_failure: str) -> Alarm | None:
     tell = teller(who, on_failure, describe)
 
     def sound(v: Any, facts: tuple[Array, Array], info: LinearInfo, b: Any, x: Any) -> Any:
-        adjoint = jnp.where(negligible(b, x, 1.0, facts[1]), Status.CONVERGED, info.status)
+        adjoint = jnp.where(negligible(b, x, 1.0, facts[1]), 0, info.status)
         return reported(v, (jnp.maximum(facts[0], adjoint), *facts, adjoint, info.residual), tell)
 
     return sound

@@ -215,9 +215,9 @@ def _attach(problem: _Problem, on_failure: str, solution: Solution, theta: Any) 
             if tell is None:
                 return v
             info = _truth(info, support, leak)
-            adjoint = jnp.where(negligible(b, x, 1.0, facts[1]), Status.CONVERGED, info.status)
+            adjoint = jnp.where(negligible(b, x, 1.0, facts[1]), 0, info.status)
             full = support.size > support.indices.size
-            worst = jnp.where(full, Status.NON_FINITE, jnp.maximum(facts[0], adjoint))
+            worst = jnp.where(full, int(Status.NON_FINITE), jnp.maximum(facts[0], adjoint))
             return reported(v, (worst, *facts, adjoint, info.residual, support.size), tell)
 
         at_x_S = partial(on, x_S)

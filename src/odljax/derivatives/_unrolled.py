@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from .. import _tree
 from .._checks import count, is_a
-from .._types import Theta, X
+from .._types import Status, Theta, X
 from ..solvers import Solution, Solver
 from ..solvers._solver import (
     check_layers,
@@ -54,7 +54,8 @@ def unrolled(
             segments are then nested to as few levels as fit. Counted are checkpoints (x and state) and what the steps
             of one innermost segment need, by their shapes; the working memory of a single step comes on top, and
             under ``vmap`` the budget is that of one element. None: no bound.
-        on_failure: what a failed solve does to a derivative, as in ``implicit``.
+        on_failure: what a solve that diverged, or worse, does to a derivative, as in ``implicit``; one that ran out of
+            steps has the derivative of its steps.
 
     Returns:
         A solver with the same solutions.
@@ -113,7 +114,7 @@ def unrolled(
     options = {"checkpoint_every": checkpoint_every, "memory_budget": memory_budget, "on_failure": on_failure}
     again = partial(unrolled, **options)
     steps = dataclasses.replace(solver, solve=solve, derivative="unrolled", adjoint=None, differentiate=again)
-    return with_alarm(steps, check_policy("unrolled", on_failure))
+    return with_alarm(steps, check_policy("unrolled", on_failure), Status.STALLED)
 
 
 def truncated(solver: Solver[X, Theta], *, num_steps: int, on_failure: str = "warn") -> Solver[X, Theta]:

@@ -218,7 +218,7 @@ def advance(
         # An adjoint that the loss does not need, to the accuracy that x has, is exact whatever became of its solve.
         size = jnp.maximum(jnp.abs(value), _tree.norm(theta) * _tree.norm(theta_gradient).astype(value.dtype))
         needless = negligible(x_gradient, solution.x, size, solution.relative_residual)
-        adjoint_status = jnp.where(needless, Status.CONVERGED, linear.status).astype(linear.status.dtype)
+        adjoint_status = jnp.where(needless, int(Status.CONVERGED), linear.status)
         failed = adjoint_status >= Status.STEP_BUDGET_SPENT
         if trust.on_adjoint_failure == "one_step":
             operator = cast(Operator, solver.iteration.operator)  # an adjoint comes from an operator

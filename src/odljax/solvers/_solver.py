@@ -422,7 +422,7 @@ def finish(
 
 def _shown(x: Any, status: Array) -> Any:
     """x, NaN where the status says NON_FINITE and x would not show it."""
-    hidden = (status == Status.NON_FINITE) & _tree.all_finite(jax.lax.stop_gradient(x))
+    hidden = (status == int(Status.NON_FINITE)) & _tree.all_finite(jax.lax.stop_gradient(x))
     return jax.tree.map(lambda leaf: jnp.where(hidden, jnp.full_like(leaf, jnp.nan), leaf), x)
 
 
@@ -526,7 +526,7 @@ def stopping(
         status = jnp.where(carry.status == _RUNNING, status, carry.status)
         running = status == _RUNNING
         # What is not finite is let through by one more step, so that x shows it and no derivative hides it.
-        moving = running | ((carry.status == _RUNNING) & (status == Status.NON_FINITE))
+        moving = running | ((carry.status == _RUNNING) & (status == int(Status.NON_FINITE)))
         if ahead is None:
             here, hyper, before = (_cut_off(tree, moving) if cut else tree for tree in (x, theta, state))
             ahead = checked_step(iteration, here, before, hyper, index)
