@@ -30,7 +30,16 @@ def record(cls: type[T]) -> type[T]:
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     cls.__repr__ = lambda self: f"{cls.__name__}({getattr(self, 'name')})"  # noqa: B009
+    _RECORDS.add(cls)
     return jax.tree_util.register_static(cls)
+
+
+_RECORDS: set[type] = set()
+
+
+def is_record(value: Any) -> bool:
+    """Whether it is a record of this library: callable, some of them, and yet no map."""
+    return type(value) in _RECORDS
 
 
 def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:

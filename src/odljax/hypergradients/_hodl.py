@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from .. import _tree
-from .._checks import count, differentiable, is_callable, scalar
+from .._checks import coefficient, count, differentiable, is_callable, scalar
 from .._types import Coefficient, State, Step, Theta, X
 from ..derivatives import unrolled
 from ..iterations import Iteration, aggregate, krasnoselskii_mann, project
-from ..iterations._iteration import as_iteration
+from ..iterations._iteration import iteration_of
 from ..operators import Operator
 from ..operators._operator import inverse_metric
 from ..solvers import History, for_steps
@@ -105,9 +105,14 @@ def hodl(
         (50,)
     """
     who = "hodl"
-    base = as_iteration(operator_or_iteration)
+    base = iteration_of(who, "operator_or_iteration", operator_or_iteration)
     is_callable(who, "outer", outer)
     num_steps = count(who, "num_steps", num_steps)
+    coefficient(who, "relaxation", relaxation, high=2.0)
+    coefficient(who, "weight", weight, high=1.0, closed=True)
+    coefficient(who, "step_size", step_size, closed=True)
+    if checkpoint_every is not None:
+        count(who, "checkpoint_every", checkpoint_every)
     operator = base.operator
     if metric_inverse is not None:
         is_callable(who, "metric_inverse", metric_inverse, "v, theta")
@@ -136,8 +141,6 @@ def hodl(
         record = None if watched is not None else lambda x, theta, k: residual_at(base, x, theta)
         solver = for_steps(walk, num_steps, record=record)
         return unrolled(solver, checkpoint_every=checkpoint_every), loss
-
-    compose(())  # bad coefficients are told at construction
 
     def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         differentiable(who, theta)

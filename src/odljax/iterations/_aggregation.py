@@ -11,7 +11,7 @@ from .._checks import coefficient, is_callable, same_as
 from .._types import Coefficient, State, Step, Theta, X
 from ..operators import Operator
 from ..operators._gradient import value_and_gradient
-from ._iteration import Iteration, as_iteration
+from ._iteration import Iteration, iteration_of
 
 
 def aggregate(
@@ -56,7 +56,7 @@ def aggregate(
         >>> round(float(odl.for_steps(walk, 50)(0.0, 1.0).x), 2)
         1.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("aggregate", "iteration", iteration)
     is_callable("aggregate", "outer", outer, "x, theta")
     if metric_inverse is not None:
         is_callable("aggregate", "metric_inverse", metric_inverse, "v, theta")

@@ -14,7 +14,7 @@ from .. import _tree
 from .._checks import coefficient, count, number
 from .._types import Coefficient, Scalar, State, Step, Theta, X
 from ..operators import Operator
-from ._iteration import Iteration, as_iteration
+from ._iteration import Iteration, iteration_of
 
 
 class Guard(NamedTuple):
@@ -111,7 +111,7 @@ def anderson(
         >>> round(float(odl.for_steps(odl.anderson(slow), 5)(0.0, 2.0).x), 3)
         2.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("anderson", "iteration", iteration)
     memory = count("anderson", "memory", memory)
     mix = coefficient("anderson", "mixing", mixing, high=2.0)
     number("anderson", "regularization", regularization, closed=True)

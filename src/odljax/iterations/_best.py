@@ -16,7 +16,7 @@ from .._types import State, Step, Theta, X
 from ..operators import Operator
 from ..operators._gradient import Objective
 from ..operators._operator import residual
-from ._iteration import Iteration, as_iteration
+from ._iteration import Iteration, iteration_of
 
 
 class BestState(NamedTuple):
@@ -61,7 +61,7 @@ def best_so_far(
         >>> [float(odl.for_steps(walk, 4)(0.0, 1.0).x) for walk in (wild, odl.best_so_far(wild))]
         [-15.0, 0.0]
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("best_so_far", "iteration", iteration)
     if objective is not None:
         is_callable("best_so_far", "objective", objective, "x, theta")
     elif iteration.operator is None:

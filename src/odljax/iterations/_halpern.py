@@ -10,7 +10,7 @@ from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, State, Step, Theta, X
 from ..operators import Operator
-from ._iteration import Iteration, as_iteration
+from ._iteration import Iteration, iteration_of
 
 
 class HalpernState(NamedTuple):
@@ -57,7 +57,7 @@ def halpern(
         >>> float(odl.for_steps(flip, 1)(0.0, 3.0).x)
         3.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("halpern", "iteration", iteration)
     weight_at = coefficient("halpern", "weight", weight, high=1.0, closed=True)
 
     def init(x: X, theta: Theta) -> HalpernState:

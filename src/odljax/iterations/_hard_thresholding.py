@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _support, _tree
-from .._checks import coefficient_of_theta, count
+from .._checks import coefficient_of_theta, count, is_callable
 from .._types import Coefficient, State, Step
 from ..operators import hard_thresholding
 from ..operators._gradient import Objective, value_and_gradient
@@ -61,8 +61,10 @@ def accelerated_hard_thresholding(
         [0.0, 3.0, 0.0]
     """
     who = "accelerated_hard_thresholding"
-    operator = hard_thresholding(objective, num_nonzeros, step_size, rows=rows)
+    is_callable(who, "objective", objective, "x, theta")
+    num_nonzeros = count(who, "num_nonzeros", num_nonzeros)
     safe_step = coefficient_of_theta(who, "step_size", step_size)
+    operator = hard_thresholding(objective, num_nonzeros, step_size, rows=rows)
     num_refinements = count(who, "num_refinements", num_refinements, least=0)
 
     def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:

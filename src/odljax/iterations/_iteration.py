@@ -12,8 +12,9 @@ import optax
 from .. import _tree
 from .._checks import coefficient, describe, is_a, is_callable, leaf_name, record, same_as
 from .._types import Coefficient, State, Step, Theta, X
-from ..operators import Operator, Residual, as_operator, forward_backward, gradient
+from ..operators import Operator, Residual, forward_backward, gradient
 from ..operators._gradient import Objective, Prox, forward_backward_step, value_and_gradient
+from ..operators._operator import operator_of
 
 
 @record
@@ -75,7 +76,12 @@ def as_iteration(source: Iteration[X, Theta] | Operator[X, Theta] | Callable[[X,
         >>> odl.iterations.as_iteration(lambda x, theta: 0.5 * x)
         Iteration(fixed_point(<lambda>))
     """
-    return source if isinstance(source, Iteration) else fixed_point(source)
+    return iteration_of("as_iteration", "source", source)
+
+
+def iteration_of(who: str, name: str, source: Any) -> Iteration:
+    """``as_iteration``, in the words of the function that was called."""
+    return source if isinstance(source, Iteration) else fixed_point(operator_of(who, name, source, "an iteration, "))
 
 
 def fixed_point(T: Operator[X, Theta] | Callable[[X, Theta], X]) -> Iteration[X, Theta]:
@@ -102,7 +108,7 @@ def fixed_point(T: Operator[X, Theta] | Callable[[X, Theta], X]) -> Iteration[X,
         >>> round(float(solver(1.0, 2.0).x), 4)
         1.4142
     """
-    operator = as_operator(T)
+    operator = operator_of("fixed_point", "T", T)
 
     def measured(x: Any, state: State, theta: Any, k: Step) -> Any:
         new = operator(x, theta)
@@ -142,6 +148,7 @@ def gradient_descent(objective: Objective, step_size: Coefficient) -> Iteration:
         >>> round(float(jax.grad(lambda theta: solver(0.0, theta).x)(3.0)), 4)
         1.0
     """
+    is_callable("gradient_descent", "objective", objective, "x, theta")
     step_at = coefficient("gradient_descent", "step_size", step_size)
     operator = gradient(objective, first(step_at))
 
@@ -184,6 +191,8 @@ def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) 
         >>> float(odl.for_steps(lasso, 3)(0.0, 1.0).x)
         2.0
     """
+    is_callable("proximal_gradient", "objective", objective, "x, theta")
+    is_callable("proximal_gradient", "prox", prox, "v, theta, step_size")
     step_at = coefficient("proximal_gradient", "step_size", step_size)
     operator = forward_backward(objective, prox, first(step_at))
 
@@ -266,7 +275,7 @@ def layered(T: Operator | Callable[[Any, Any], Any]) -> Iteration:
         >>> float(network(1.0, jnp.array([2.0, 3.0, 4.0])).x)
         24.0
     """
-    operator = as_operator(T)
+    operator = operator_of("layered", "T", T)
     name = f"layered({operator.name})"
 
     def num_layers(theta: Any) -> int:

@@ -15,7 +15,7 @@ from .._checks import coefficient, count, is_callable, number, same_as, scalar
 from .._types import Coefficient, Scalar, State, Step, Theta, X
 from ..operators import Operator, forward_backward, gradient
 from ..operators._gradient import Objective, Prox, value_and_gradient
-from ._iteration import Iteration, as_iteration, first, stateless
+from ._iteration import Iteration, first, iteration_of, stateless
 
 Line = Callable[[Array], tuple[Array, Array]]
 
@@ -75,7 +75,7 @@ def line_search(
         >>> round(float(odl.until_converged(walk, tol=1e-3)(0.0, 2.0).x), 4)
         2.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("line_search", "iteration", iteration)
     is_callable("line_search", "objective", objective, "x, theta")
     if rule not in ("armijo", "hager_zhang"):
         raise ValueError(f"line_search: rule must be 'armijo' or 'hager_zhang'; {rule!r} came.")

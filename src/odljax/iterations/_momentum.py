@@ -13,7 +13,7 @@ from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, State, Step, Theta, X
 from ..operators import Operator
-from ._iteration import Iteration, as_iteration
+from ._iteration import Iteration, iteration_of
 
 
 class Restarted(NamedTuple):
@@ -69,7 +69,7 @@ def nesterov(
         >>> round(float(odl.for_steps(walk, 60)(0.0, 2.0).x), 3)
         2.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("nesterov", "iteration", iteration)
     beta = coefficient("nesterov", "momentum", momentum, high=1.0, closed=True)
 
     def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
@@ -119,7 +119,7 @@ def heavy_ball(
         >>> round(float(odl.for_steps(walk, 60)(0.0, 2.0).x), 4)
         2.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("heavy_ball", "iteration", iteration)
     beta = coefficient("heavy_ball", "momentum", momentum, high=1.0, closed=True)
 
     def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:

@@ -10,7 +10,7 @@ from .. import _tree
 from .._checks import coefficient, is_callable, same_as
 from .._types import Coefficient, State, Step, Theta, X
 from ..operators import Operator, compose
-from ._iteration import Iteration, MeasuredStep, as_iteration
+from ._iteration import Iteration, MeasuredStep, iteration_of
 
 
 def krasnoselskii_mann(
@@ -42,7 +42,7 @@ def krasnoselskii_mann(
         >>> float(odl.for_steps(flip, 1)(0.0, 3.0).x)
         3.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("krasnoselskii_mann", "iteration", iteration)
     relax = coefficient("krasnoselskii_mann", "relaxation", relaxation, high=2.0)
 
     def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
@@ -86,7 +86,7 @@ def project(
         >>> float(solver(0.0, 5.0).x)
         1.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("project", "iteration", iteration)
     is_callable("project", "projection", projection, "x, theta")
     operator = iteration.operator
     if operator is not None:

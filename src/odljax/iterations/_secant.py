@@ -15,7 +15,7 @@ from .._checks import count, number
 from .._types import Scalar, State, Step, Theta, X
 from ..operators import Operator
 from ._anderson import Guard, combine, guarded, start_guard
-from ._iteration import Iteration, as_iteration
+from ._iteration import Iteration, iteration_of
 
 
 class BroydenState(NamedTuple):
@@ -74,7 +74,7 @@ def broyden(
         >>> round(float(odl.for_steps(odl.broyden(slow), 3)(0.0, 2.0).x), 3)
         2.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("broyden", "iteration", iteration)
     memory = count("broyden", "memory", memory)
     if safeguard is not None:
         number("broyden", "safeguard", safeguard)
@@ -153,7 +153,7 @@ def squarem(
         >>> round(float(odl.for_steps(odl.squarem(slow), 2)(0.0, 2.0).x), 3)
         2.0
     """
-    iteration = as_iteration(iteration)
+    iteration = iteration_of("squarem", "iteration", iteration)
     number("squarem", "max_step", max_step, low=1.0)
 
     def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:

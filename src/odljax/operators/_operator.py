@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree, linear
-from .._checks import as_inner, coefficient_of_theta, is_callable, record, same_as
+from .._checks import as_inner, coefficient_of_theta, is_callable, is_record, record, same_as
 from .._types import Coefficient, Theta, X
 from ._weights import solve_definite
 
@@ -120,9 +120,19 @@ def as_operator(T: Operator[X, Theta] | Callable[[X, Theta], X]) -> Operator[X, 
         >>> odl.operators.as_operator(lambda x, theta: x)
         Operator(<lambda>)
     """
+    return operator_of("as_operator", "T", T)
+
+
+def operator_of(who: str, name: str, T: Any, also: str = "") -> Operator:
+    """``as_operator``, in the words of the function that was called; ``also``: what else it takes."""
     if isinstance(T, Operator):
         return T
-    is_callable("as_operator", "T", T, "x, theta")
+    if is_record(T) or not callable(T):
+        raise TypeError(
+            f"{who}: {name} must be {also}an operator or a function of (x, theta); {T!r} came. Of a solver take the "
+            f"iteration, of an iteration the operator."
+        )
+    is_callable(who, name, T, "x, theta")
     return Operator(T, name=getattr(T, "__name__", type(T).__name__))
 
 
@@ -152,7 +162,7 @@ def averaged(
         >>> float(T(3.0, None))
         0.0
     """
-    operator = as_operator(operator)
+    operator = operator_of("averaged", "operator", operator)
     relax = coefficient_of_theta("averaged", "relaxation", relaxation, high=2.0)
 
     def step_back(x: X, theta: Theta) -> X:
@@ -203,7 +213,7 @@ def compose(
     """
     if not operators:
         raise TypeError("compose: needs at least one operator; none came.")
-    factors = [as_operator(operator) for operator in operators]
+    factors = [operator_of("compose", "each of operators", operator) for operator in operators]
     if len(factors) == 1 and metric is metric_inverse is readout is None:
         return factors[0]
 
