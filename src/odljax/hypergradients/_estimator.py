@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
@@ -80,7 +81,18 @@ class Hypergradient(Generic[X, Theta]):
     name: str = "hypergradient"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "init", _own(self.init))
         object.__setattr__(self, "update", compiled_once(self.update))
+
+
+def _own(init: Callable[..., State]) -> Callable[..., State]:
+    """``init``, whose state shares no buffer with its arguments or itself, so that it may be donated."""
+
+    @functools.wraps(init)
+    def call(*arguments: Any, **named: Any) -> State:
+        return jax.tree.map(jnp.copy, init(*arguments, **named))
+
+    return call
 
 
 class Outer(NamedTuple):
