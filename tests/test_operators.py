@@ -384,6 +384,26 @@ def test_the_natural_residual_is_free_of_step_and_relaxation(build, kind):
             np.testing.assert_array_equal(part.scale[0], x)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_every_part_of_a_natural_residual_meets_the_tolerance(order):
+    """Two numbers in units a million million apart: neither hides the other, whichever comes first."""
+    goals, rates = np.array([1e6, 1e-6]), np.array([0.5, 0.9])
+
+    def parts(x, theta):
+        each = [operators.Residual(x[i] - goals[i], (x[i],)) for i in (0, 1)]
+        return tuple(each[i] for i in order)
+
+    T = Operator(lambda x, theta: goals + rates * (x - goals), natural_residual=parts)
+    solution = jax.jit(odl.until_converged(odl.fixed_point(T), tol=0.0, relative_tol=1e-4, max_steps=200))(
+        jnp.zeros(2), None
+    )
+    steps = np.arange(200)[:, None]
+    x = goals * (1 - rates**steps)
+    first = np.argmax(np.all(np.abs(x - goals) <= 1e-4 * np.abs(x), axis=1))
+    assert (int(solution.num_steps), int(solution.status)) == (first, odl.Status.CONVERGED)
+    np.testing.assert_allclose(solution.x, x[first], rtol=1e-12)
+
+
 # ---- averaged and compose --------------------------------------------------------------------------------------------
 
 

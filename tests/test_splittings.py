@@ -976,6 +976,10 @@ def test_the_answer_is_handed_on_by_averaging_and_read_by_hypergradients():
     T, _ = built("douglas_rachford")
     half = operators.averaged(T, 0.7)
     assert half.readout is T.readout
+    inside = odl.project(odl.fixed_point(built("admm")[0]), lambda u, theta: u).operator
+    assert all(
+        getattr(inside, name) is getattr(built("admm")[0], name) for name in ("readout", "metric", "metric_inverse")
+    )
     readout = lambda x, theta: x
     assert operators.compose(T, half).readout is None
     assert operators.compose(T, half, readout=readout).readout is readout
