@@ -1,5 +1,6 @@
 """The training loop: what it computes, what it keeps, and what an interruption leaves behind."""
 
+import inspect
 import io
 import os
 import re
@@ -7,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import types
 from pathlib import Path
 
 import jax
@@ -15,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+import odljax as odl
 from odljax import training
 from odljax.training import fit, latest_step, load, save
 
@@ -149,6 +153,52 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert line.startswith("training: stopped, because the loss is NaN or infinite, at step 13/40; checkpoint: ")
 
 
+def test_a_step_whose_new_state_is_not_finite_is_discarded(tmp_path, capsys):
+    def broken(state, step, samples):
+        bad = jnp.where(step == 13, jnp.nan, 0.0)
+        return {"x": state["x"] + 1 + bad, "best": state["best"], "n": state["n"] + 1}, {"loss": state["x"][0]}
+
+    start = {"x": jnp.zeros(2), "best": jnp.array([jnp.inf, jnp.nan]), "n": 0}  # best may stay as it is
+    for resume in (False, True):
+        trained = fit(
+            broken, start, 0.0, num_steps=40, checkpoint_directory=tmp_path, checkpoint_every=10, resume=resume
+        )
+        assert trained.status == "non_finite"
+        assert trained.num_steps == trained.state["n"] == 13
+        assert trained.state["x"].tolist() == [13, 13]
+        assert trained.metrics["loss"].tolist() == list(range(14))
+        assert names(tmp_path) == ["10"]
+        assert trained.checkpoint == tmp_path / "10"
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("training: stopped, because state['x'] is NaN or infinite, at step 13/40; checkpoint: ")
+
+
+def test_metrics_cost_their_bytes():
+    row, series = {name: np.array(1.5, np.float32) for name in "abcd"}, {}
+    tracemalloc.start()
+    try:
+        for _ in range(10_000):
+            training._append(series, row)
+        assert tracemalloc.get_traced_memory()[0] < 5 * 4 * 10_000
+    finally:
+        tracemalloc.stop()
+    assert {name: values.tolist() for name, values in training._series(series).items()} == dict.fromkeys(
+        "abcd", [1.5] * 10_000
+    )
+
+
+def test_a_fresh_state_of_an_estimator_may_be_donated():
+    inner = odl.gradient_descent(lambda x, theta: 0.5 * jnp.sum((x - theta) ** 2), step_size=0.5)
+    solver = odl.implicit(odl.until_converged(inner, max_steps=60))
+    hyper = odl.hypergradients.warm_started(solver, lambda x, theta: 0.5 * jnp.sum((x - 1) ** 2))
+    theta = jnp.zeros(3)
+    state = hyper.init(theta, theta)
+    gradient, _, _ = jax.jit(hyper.update, donate_argnums=1)(theta, state)
+    np.testing.assert_allclose(gradient, -np.ones(3), rtol=0, atol=1e-5)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.x))
+    assert theta.sum() == 0
+
+
 # Checkpoint and resume ------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +237,7 @@ def interrupt_while_tracing(state, step, samples):
 @pytest.mark.parametrize("moment", ["before", "tracing", "batch", "saving"])
 def test_an_interrupt_at_any_moment_leaves_a_checkpoint_to_resume(unbroken, tmp_path, monkeypatch, moment):
     before = signal.getsignal(signal.SIGINT)
-    step, options, expected, original = update, {}, {1}, training._step
+    step, options, expected, original, saved = update, {}, {1}, training._step, training._save
     if moment == "before":
         monkeypatch.setattr(
             "odljax.training._step", lambda *given: (signal.raise_signal(signal.SIGINT), original(*given))[1]
@@ -201,7 +251,7 @@ def test_an_interrupt_at_any_moment_leaves_a_checkpoint_to_resume(unbroken, tmp_
         expected = {5}
     else:
         options, expected = {"checkpoint_every": 3}, {3}
-        monkeypatch.setattr("odljax.training.save", lambda *given: (signal.raise_signal(signal.SIGINT), save(*given)))
+        monkeypatch.setattr("odljax.training._save", lambda *given: (signal.raise_signal(signal.SIGINT), saved(*given)))
     trained = run(step=step, checkpoint_directory=tmp_path, **options)
     assert trained.interrupted
     assert {trained.num_steps} == expected == {latest_step(tmp_path)}
@@ -260,6 +310,50 @@ def test_a_real_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_bits(tmp_pat
     assert bits(resumed.metrics) == bits(unbroken.metrics)
 
 
+@pytest.mark.parametrize("where", ["batches", "saving"])
+def test_an_exception_carries_the_last_state_and_leaves_a_checkpoint(unbroken, tmp_path, monkeypatch, where):
+    def batches(step):
+        if where == "batches" and step == 7:
+            raise RuntimeError("no such file")
+
+    def full(*given):
+        monkeypatch.undo()
+        raise RuntimeError("no space left")
+
+    if where == "saving":
+        monkeypatch.setattr("odljax.training._save", full)
+    with pytest.raises(RuntimeError) as caught:
+        run(7, update, checkpoint_directory=tmp_path) if where == "saving" else run(
+            step=update_with_batch, batches=batches, checkpoint_directory=tmp_path
+        )
+    trained = caught.value.trained
+    assert trained.status == "failed"
+    assert trained.num_steps == 7
+    assert trained.checkpoint == tmp_path / "7"
+    np.testing.assert_array_equal(trained.metrics["loss"], unbroken.metrics["loss"][:7])
+    assert "the state after 7 steps is the attribute trained.state" in caught.value.__notes__[0]
+    assert bits(load(trained.checkpoint, initial_state())) == bits(trained.state)
+    resumed = run(checkpoint_directory=tmp_path, resume=True)
+    assert bits(resumed.state) == bits(unbroken.state)
+    assert bits(resumed.metrics) == bits(unbroken.metrics)
+
+
+def test_a_state_that_the_device_has_lost_is_not_handed_out(tmp_path):
+    def fails(x):
+        if x == 12:
+            raise RuntimeError("the host fails")
+        return x
+
+    def step(x, k):
+        return jax.pure_callback(fails, x, x) + 1, {"x": x}
+
+    with pytest.raises(Exception, match="the host fails") as caught:
+        fit(step, np.float32(0), num_steps=20, checkpoint_directory=tmp_path, checkpoint_every=5, progress=None)
+    assert "the state was lost with the failed step" in caught.value.__notes__[-1]
+    assert not hasattr(caught.value, "trained")
+    assert names(tmp_path) == ["10"]
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -272,13 +366,13 @@ def changed(**changes):
     [
         (
             changed(theta={"w": jnp.zeros(4), "b": jnp.ones(())}),
-            "state/theta/w is float32[4] in the checkpoint, float64[4] asked for",
+            "theta/w is float32[4] in the checkpoint, float64[4] asked for",
         ),
         (
             changed(theta={"w": jnp.zeros(5, jnp.float32)}),
-            "state/theta/b is float64[] in the checkpoint, missing asked for; state/theta/w is float32[4] in the",
+            "theta/b is float64[] in the checkpoint, missing asked for; theta/w is float32[4] in the",
         ),
-        (changed(key=jax.random.key(0, impl="rbg")), "state/key is uint32[2] in the checkpoint, uint32[4] asked for"),
+        (changed(key=jax.random.key(0, impl="rbg")), "key is uint32[2] in the checkpoint, uint32[4] asked for"),
         (changed(kept={str(k): k for k in range(9)}), "; 8 more. Build the same model, optimiser and precision"),
     ],
 )
@@ -290,7 +384,8 @@ def test_a_checkpoint_of_another_state_is_refused(tmp_path, state, words):
 
 def test_resuming_refuses_other_metrics(tmp_path):
     run(2, checkpoint_directory=tmp_path)
-    with pytest.raises(ValueError, match=re.escape("holds, ['even', 'loss', 'step']; ['loss'] came. Resume with")):
+    words = "holds, ['even bool', 'loss float32', 'step int32']; ['loss float64'] came. Resume with"
+    with pytest.raises(ValueError, match=re.escape(words)):
         run(step=lambda s, k, samples: (s, {"loss": 1.0}), checkpoint_directory=tmp_path, resume=True)
 
 
@@ -312,12 +407,17 @@ def test_missing_and_unexpected_checkpoints_are_refused(tmp_path):
         ({"num_steps": 2, "checkpoint_every": 0}, "fit: checkpoint_every must be a whole number"),
         ({"num_steps": 2, "log_every": -1}, "fit: log_every must be a whole number"),
         ({"num_steps": 2, "resume": True}, "resume and checkpoint_every need checkpoint_directory; None came"),
+        ({"num_steps": True}, "fit: num_steps must be a whole number of at least 1; True came"),
+        ({"num_steps": 2, "progress": False}, "fit: progress must be a str; a bool came. It is the name that is shown"),
+        ({"num_steps": 2, "resume": "no"}, "fit: resume must be a bool; a str came."),
+        ({"num_steps": 2, "batches": 8}, "fit: batches must be a function of (step); 8 came."),
         ({"num_steps": 2, "checkpoint_every": 1}, "resume and checkpoint_every need checkpoint_directory; None came"),
     ],
 )
 def test_options_are_checked(options, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        fit(lambda x, k: (x, {}), 0.0, progress=None, **options)
+    with pytest.raises((ValueError, TypeError), match=re.escape(words)):
+        # The function itself, without the type checks of the tests.
+        inspect.unwrap(fit)(lambda x, k: (x, {}), 0.0, **{"progress": None, **options})
 
 
 @pytest.mark.parametrize(
@@ -337,6 +437,29 @@ def test_options_are_checked(options, words):
 def test_an_update_that_breaks_the_contract_is_refused(step, words):
     with pytest.raises(TypeError, match=re.escape(words)):
         fit(step, jnp.zeros(2), num_steps=2, progress=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (NotADirectoryError, "checkpoint_directory must be a directory that can be written to; "),
+        (OSError, "checkpoint_directory must have room for the state, 1,048,600 bytes; "),
+        (ModuleNotFoundError, "checkpoints need the package orbax-checkpoint; it is not installed. Install it (pip"),
+    ],
+)
+def test_what_would_fail_after_the_last_step_is_refused_before_the_first(tmp_path, monkeypatch, error, words):
+    def never(x, step):
+        raise AssertionError
+
+    directory = tmp_path / "file" / "run"
+    if error is NotADirectoryError:
+        (tmp_path / "file").write_text("")
+    elif error is OSError:
+        monkeypatch.setattr(training.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1_048_599))
+    else:
+        monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(error, match=re.escape(f"odljax.training.fit: {words}")):
+        fit(never, jnp.zeros(3), num_steps=2, checkpoint_directory=directory, progress=None)
 
 
 def test_a_state_that_is_not_made_of_arrays_is_refused():
@@ -397,10 +520,36 @@ def test_a_saved_model_comes_back_and_is_replaced_whole(tmp_path):
         assert bits(back) == bits(jax.tree.map(jnp.asarray, model))
     with pytest.raises(ValueError, match=r"step must be above 1, that of the checkpoint in .*; 1 came"):
         save(tmp_path, model, step=1)
+    with pytest.raises(ValueError, match="save: step must be a whole number of at least 0; True came"):
+        save(tmp_path, model, step=True)
     with pytest.raises(ValueError, match=re.escape("n is int64[] in the checkpoint, float64[] asked for")):
         load(tmp_path, {**model, "n": 4.0})
     with pytest.raises(FileNotFoundError, match=r"odljax\.training\.load: .*none does not exist"):
         load(tmp_path / "none", model)
+
+
+def test_what_fit_saved_is_loaded_whole_or_in_part(tmp_path, unbroken):
+    trained = run(checkpoint_directory=tmp_path)
+    for where in (tmp_path, trained.checkpoint, str(trained.checkpoint)):
+        assert bits(load(where, initial_state())) == bits(unbroken.state)
+    theta = load(trained.checkpoint, initial_state()["theta"], part="theta")
+    assert bits(theta) == bits(unbroken.state["theta"])
+    assert all(isinstance(leaf, jax.Array) for leaf in theta.values())
+    plain = load(trained.checkpoint)
+    assert plain["theta"]["w"].tolist() == unbroken.state["theta"]["w"].tolist()
+    assert plain["kept"]["empty"] is None
+    trace = unbroken.state["momentum"][0].trace  # a named tuple in a tuple, stored as dicts and lists
+    assert load(trained.checkpoint, part="momentum/0/trace/b") == trace["b"]
+    with pytest.raises(ValueError, match=re.escape("w is float32[4] in the checkpoint, float32[3] asked for")):
+        load(trained.checkpoint, {"w": jnp.zeros(3, jnp.float32), "b": 0.0}, part="theta")
+    with pytest.raises(ValueError, match=r"load: part must be in .* holds .*theta/w.*; 'theta/v' came"):
+        load(trained.checkpoint, part="theta/v")
+
+
+@pytest.mark.parametrize("tree", [np.arange(3.0), 2.5, ()])
+def test_single_leaves_and_empty_trees_are_saved_too(tmp_path, tree):
+    save(tmp_path, tree)
+    assert np.array_equal(load(tmp_path, tree), tree)
 
 
 def test_importing_the_loop_imports_neither_orbax_nor_rich():

@@ -1,14 +1,17 @@
 """The loop people otherwise rewrite: progress, metrics, checkpoint and resume around one pure update function."""
 
+import functools
 import importlib.util
 import math
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +31,11 @@ _IN_FLIGHT = 8
 _SECONDS_BETWEEN_REFRESHES = 0.05
 _SECONDS_BETWEEN_INTERRUPTS = 1.0
 
-_ENDINGS = {
-    "finished": "nothing left to do",
-    "interrupted": "interrupted",
-    "non_finite": "stopped, because the loss is NaN or infinite,",
-}
+# What Orbax writes beside the arrays, and the metrics of many steps.
+_AROUND = 1 << 20
+
+# Orbax's name for what is saved alone, so that it reads a saved model without being told one.
+_TREE, _HISTORY = "default", "history"
 
 
 class Trained(NamedTuple):
@@ -42,8 +45,9 @@ class Trained(NamedTuple):
         state: The state after `num_steps` updates.
         metrics: One NumPy array for each metric, one entry for each step from the very first, resumed runs included.
         num_steps: Updates that are in `state`, counted from the very first run.
-        status: "finished"; "interrupted" by Ctrl-C; or "non_finite": the loss of step `num_steps` was NaN or infinite.
-        checkpoint: The newest checkpoint on disk, None where there is none.
+        status: "finished"; "interrupted" by Ctrl-C; "non_finite": the loss or the new state of step `num_steps` was NaN
+            or infinite; or "failed", on an exception that ended the run.
+        checkpoint: The newest checkpoint on disk, which `load` takes; None where there is none.
     """
 
     state: Any
@@ -82,10 +86,14 @@ def fit(
     `interrupted` set; one more, a second later or after, raises `KeyboardInterrupt` at once, except while a checkpoint
     is being written. This needs the main thread; elsewhere, and where SIGINT is ignored, signals are left as they are.
 
-    **A loss that is not finite** (the metric named `loss`; a metric of any other name may be anything) ends the run
-    with status "non_finite". The update of that step is discarded: `state` is the one at which the loss was found not
-    to be finite, the last entry of each metric is that of the bad step, and no checkpoint is written, so the one from
-    before remains.
+    **A step that is not finite** ends the run with status "non_finite": the metric named `loss` (a metric of any other
+    name may be anything), or a leaf of the new state that was finite throughout in the initial one, is NaN or infinite.
+    The update of that step is discarded: `state` is the one before it, the last entry of each metric is that of the bad
+    step, and no checkpoint is written. So no checkpoint ever holds a NaN that `state` did not start with.
+
+    **An exception** out of `update`, `batches` or the writing of a checkpoint passes through, and takes the last state
+    with it: `error.trained` is a `Trained` with status "failed", and a checkpoint is written where there is a
+    directory. Only where the device has lost the state with the failed step is there none but the checkpoint before.
 
     Args:
         update: `(state, step, *data) -> (state, metrics)`, pure. `fit` traces and compiles it once. `step` is an int32
@@ -96,7 +104,8 @@ def fit(
         num_steps: Updates in total, counted from the very first run; at least 1.
         batches: `step -> batch` on the host, for data that does not fit on the device; the batch is passed to `update`
             after `data`. It must depend on `step` alone.
-        checkpoint_directory: Where the last checkpoint is kept: local, made if needed. None: no checkpoints.
+        checkpoint_directory: Where the last checkpoint is kept: local, made if needed. Whether it can be written, has
+            room for the state, and Orbax is there is found out before the first step. None: no checkpoints.
         checkpoint_every: Steps between checkpoints. None: only when the run ends or is interrupted.
         resume: Continue from the checkpoint. One that already has `num_steps` or more is returned as it is.
         progress: The name shown beside the progress on standard error: a live bar on a terminal, plain lines elsewhere.
@@ -112,8 +121,11 @@ def fit(
             dtype of the state, or its metrics are not a flat dict of scalars.
         FileNotFoundError: `resume` and there is no checkpoint.
         FileExistsError: Not `resume` and the directory holds a checkpoint, which this run would overwrite.
+        OSError: `checkpoint_directory` cannot be made or written, or has no room for the state.
+        ModuleNotFoundError: `checkpoint_directory` and no Orbax.
 
-    Cost: less than 0.1 ms a step beside `update`; one copy of `state`. Metrics are fetched while later steps run.
+    Cost: less than 0.1 ms a step beside `update`; one copy of `state`; of each step the bytes of its metrics. They are
+    fetched while later steps run.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -129,6 +141,11 @@ def fit(
     """
     who = "odljax.training.fit"
     _checks.is_callable(who, "update", update)
+    if batches is not None:
+        _checks.is_callable(who, "batches", batches, "step")
+    _checks.is_a(who, "resume", resume, bool, "True continues the run in checkpoint_directory.")
+    if progress is not None:
+        _checks.is_a(who, "progress", progress, str, "It is the name that is shown; None is silent.")
     num_steps = _checks.count(who, "num_steps", num_steps)
     for name, count in {"checkpoint_every": checkpoint_every, "log_every": log_every}.items():
         if count is not None:
@@ -138,52 +155,67 @@ def fit(
     directory = None if checkpoint_directory is None else _absolute(checkpoint_directory)
     first = _first_step(who, directory, resume)
 
-    rows: list[dict[str, np.ndarray]] = []
+    collected, guarded = 0, []
     pending: deque[tuple[dict[str, jax.Array], Any]] = deque()
-    finite, written = True, first if resume else None
+    culprit, written = -1, first if resume else None
 
     def collect(in_flight: int) -> None:
-        nonlocal finite
+        nonlocal collected, culprit
         # A step is read as soon as it is done; waiting happens only when too many are under way.
-        while finite and pending and (len(pending) > in_flight or pending[0][1].is_ready()):
-            metrics, running = pending.popleft()
-            rows.append(jax.device_get(metrics))
-            finite = bool(running)
-            show(first + len(rows), rows[-1])
+        while culprit < 0 and pending and (len(pending) > in_flight or pending[0][1].is_ready()):
+            metrics, bad = jax.device_get(pending.popleft())
+            _append(series, metrics)
+            collected, culprit = collected + 1, int(bad)
+            show(first + collected, metrics)
 
     def checkpoint() -> None:
         nonlocal written
         collect(0)
-        step = first + len(rows)
-        if directory is not None and finite and step != written:
+        step = first + collected
+        if directory is not None and culprit < 0 and step != written:
             with interrupt.held():
-                save(directory, {"state": carry[0], "metrics": _series(past, rows)}, step)
+                _save(who, directory, carry[0], step, _series(series))
             written = step
 
-    with _interrupts() as interrupt, _display(progress, first, num_steps, log_every) as show:
-        state, data, past = _arrays(who, state), jax.tree.map(jnp.asarray, data), {}
-        if resume and directory is not None:
-            state, past = _restore_run(who, directory, state)
-        advance = jax.jit(_step(who, update, past), donate_argnums=0)
-        carry = jax.jit(_start, static_argnums=1)(state, first)
-        del state  # a restored one would stay in memory beside the copy
-        for step in range(first, num_steps):
-            if interrupt.requested or not finite:
-                break
-            batch = () if batches is None else (batches(step),)
-            carry, report = advance(carry, *data, *batch)
-            pending.append(report)
-            collect(_IN_FLIGHT)
-            if checkpoint_every is not None and (step + 1) % checkpoint_every == 0:
-                checkpoint()
-        checkpoint()
+    def ended(status: str) -> Trained:
+        kept = None if directory is None or written is None else directory / str(written)
+        return Trained(carry[0], _series(series), first + collected - (culprit >= 0), status, kept)
 
-    status = "non_finite" if not finite else "interrupted" if interrupt.requested else "finished"
-    done = first + len(rows) - (not finite)
-    kept = None if directory is None or written is None else directory / str(written)
-    if progress is not None and (status != "finished" or not rows):
-        _say(f"{progress}: {_ENDINGS[status]} at step {done}/{num_steps}; checkpoint: {kept or 'none'}")
-    return Trained(carry[0], _series(past, rows), done, status, kept)
+    with _interrupts() as interrupt, _display(progress, first, num_steps, log_every) as show:
+        given, data, past = _arrays(who, state), jax.tree.map(jnp.asarray, data), {}
+        if directory is not None and first < num_steps:
+            _look_ahead(who, directory, given)
+        state = given
+        if resume and directory is not None:
+            state, past = _restore_run(who, directory, given)
+        series = {name: (values.dtype, bytearray(values.tobytes())) for name, values in past.items()}
+        carry, finite = jax.jit(_start, static_argnums=2)(state, given, first)
+        guarded = [path for path, flag in zip(_paths(given), jax.device_get(finite), strict=True) if flag]
+        advance = jax.jit(_step(who, update, past, guarded), donate_argnums=0)
+        del state, given  # they would stay in memory beside the copy
+        try:
+            for step in range(first, num_steps):
+                if interrupt.requested or culprit >= 0:
+                    break
+                batch = () if batches is None else (batches(step),)
+                carry, report = advance(carry, *data, *batch)
+                pending.append(report)
+                collect(_IN_FLIGHT)
+                if checkpoint_every is not None and (step + 1) % checkpoint_every == 0:
+                    checkpoint()
+            checkpoint()
+        except Exception as error:
+            if pending or collected:
+                _rescue(error, checkpoint, ended, lambda: jax.block_until_ready(carry))
+            raise
+
+    trained = ended("non_finite" if culprit >= 0 else "interrupted" if interrupt.requested else "finished")
+    if progress is not None and (trained.status != "finished" or not collected):
+        what = {"finished": "nothing left to do", "interrupted": "interrupted"}.get(trained.status)
+        what = what or f"stopped, because {['the loss', *guarded][culprit]} is NaN or infinite,"
+        where = trained.checkpoint or "none"
+        _say(f"{progress}: {what} at step {trained.num_steps}/{num_steps}; checkpoint: {where}")
+    return trained
 
 
 def save(directory: str | Path, tree: PyTree, step: int | None = None) -> Path:
@@ -199,6 +231,7 @@ def save(directory: str | Path, tree: PyTree, step: int | None = None) -> Path:
 
     Raises:
         ValueError: `step` is not above that of the checkpoint before.
+        ModuleNotFoundError: There is no Orbax.
 
     Example:
         >>> import tempfile
@@ -209,32 +242,26 @@ def save(directory: str | Path, tree: PyTree, step: int | None = None) -> Path:
         ...     load(directory, {"theta": jnp.zeros(3)})["theta"].tolist()
         [0.0, 1.0, 2.0]
     """
-    import orbax.checkpoint as ocp
-
-    last = latest_step(directory)
-    if step is None:
-        step = 0 if last is None else last + 1
-    if last is not None and step <= last:
-        raise ValueError(
-            f"odljax.training.save: step must be above {last}, that of the checkpoint in {directory}; {step} came. "
-            "Leave it out, or choose another directory."
-        )
-    with _manager(directory) as manager:
-        manager.save(step, args=ocp.args.StandardSave(jax.tree.map(_stored, tree)))
-    return _absolute(directory) / str(step)
+    return _save("odljax.training.save", _absolute(directory), tree, step, {})
 
 
-def load(directory: str | Path, like: PyTree) -> PyTree:
-    """Returns the tree that `save` wrote last to `directory`, with the structure of `like`.
+def load(directory: str | Path, like: PyTree | None = None, part: str = "") -> PyTree:
+    """Returns the tree that `save`, or the state that `fit`, wrote last to `directory`, with the structure of `like`.
 
     Args:
-        directory: The directory that was given to `save`.
+        directory: The directory that was given to `save` or `fit`; or a checkpoint in it, such as `trained.checkpoint`.
         like: A tree of the same structure, shapes and dtypes: arrays, or `jax.ShapeDtypeStruct` from `jax.eval_shape`.
-            Leaves come back where their model lives; as NumPy arrays where the model is no JAX array.
+            Leaves come back where their model lives; as NumPy arrays where the model is no JAX array. None: as it is
+            stored, in NumPy arrays: tuples as lists, named tuples as dicts, keys as their data, empty arrays as None.
+        part: The part that is wanted, and that `like` describes, by its names in the tree: "theta", "theta/w",
+            "layers/0". Empty: all.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint has another structure, shape or dtype than `like`.
+        ValueError: The checkpoint has another structure, shape or dtype than `like`; or no such part.
+        ModuleNotFoundError: There is no Orbax.
+
+    Cost: the whole checkpoint is read, also for a part.
 
     Example:
         >>> import tempfile
@@ -243,10 +270,15 @@ def load(directory: str | Path, like: PyTree) -> PyTree:
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     path = save(directory, {"key": jax.random.key(0), "w": jnp.ones(2)})
         ...     model = load(directory, {"key": jax.random.key(1), "w": jnp.zeros(2)})
-        >>> model["w"].tolist(), bool(model["key"] == jax.random.key(0))
-        ([1.0, 1.0], True)
+        ...     w = load(path, part="w")
+        >>> model["w"].tolist(), bool(model["key"] == jax.random.key(0)), w.tolist()
+        ([1.0, 1.0], True, [1.0, 1.0])
     """
-    return _restore("odljax.training.load", _absolute(directory), lambda stored: like)
+    who = "odljax.training.load"
+    path = _absolute(directory)
+    if not (path / "_CHECKPOINT_METADATA").is_file():  # which Orbax writes into every checkpoint
+        path = path / str(_found(who, path))
+    return _restore(who, path, like, part.split("/") if part else [])
 
 
 def latest_step(directory: str | Path) -> int | None:
@@ -291,15 +323,20 @@ def _found(who: str, directory: Path) -> int:
 # The compiled step ----------------------------------------------------------------------------------------------------
 
 
-def _step(who: str, update: Callable[..., Any], past: Mapping[str, np.ndarray]) -> Callable[..., Any]:
+def _step(
+    who: str, update: Callable[..., Any], past: Mapping[str, np.ndarray], guarded: list[str]
+) -> Callable[..., Any]:
     def advance(carry: tuple, *data: Data) -> tuple:
         state, step, running = carry
         new_state, metrics = _checked(who, update(state, step, *data), state, past)
-        if "loss" in metrics:
-            # The flag stays down: steps dispatched before the host sees it must not move the state.
-            running = running & jnp.isfinite(metrics["loss"])
-            new_state = jax.tree.map(lambda new, old: jnp.where(running, new, old), new_state, state)
-        return (new_state, step + 1, running), (metrics, running)
+        leaves = dict(zip(_paths(new_state), jax.tree.leaves(new_state), strict=True))
+        finite = jnp.stack(
+            [jnp.isfinite(metrics.get("loss", 0.0)), *(jnp.all(jnp.isfinite(leaves[path])) for path in guarded)]
+        )
+        # The flag stays down: steps dispatched before the host sees it must not move the state.
+        running = running & jnp.all(finite)
+        new_state = jax.tree.map(lambda new, old: jnp.where(running, new, old), new_state, state)
+        return (new_state, step + 1, running), (metrics, jnp.where(running, -1, jnp.argmin(finite)))
 
     return advance
 
@@ -316,9 +353,11 @@ def _checked(who: str, result: Any, state: State, past: Mapping[str, np.ndarray]
                 f"{who}: metrics must be a flat dict of scalars; metrics[{name!r}] is {_words(value)}. "
                 "Reduce it, or leave it out."
             )
-    if past and past.keys() != metrics.keys():
+    metrics = {name: _strong(value) for name, value in metrics.items()}
+    held, came = (sorted(f"{name} {value.dtype}" for name, value in kind.items()) for kind in (past, metrics))
+    if past and held != came:
         raise ValueError(
-            f"{who}: update must return the metrics that the checkpoint holds, {sorted(past)}; {sorted(metrics)} came. "
+            f"{who}: update must return the metrics that the checkpoint holds, {held}; {came} came. "
             "Resume with the update of the interrupted run, or start anew in another directory."
         )
     came, wanted = jax.tree.structure(new_state), jax.tree.structure(state)
@@ -328,7 +367,7 @@ def _checked(who: str, result: Any, state: State, past: Mapping[str, np.ndarray]
             f"{who}: update must keep the structure, shapes and dtypes of the state; "
             f"{differences or f'{came} came for {wanted}'}. Cast or reshape it in update, or in the initial state."
         )
-    return jax.tree.map(_strong, new_state), {name: _strong(value) for name, value in metrics.items()}
+    return jax.tree.map(_strong, new_state), metrics
 
 
 def _is_array(leaf: Any) -> bool:
@@ -345,9 +384,20 @@ def _strong(leaf: Any) -> jax.Array:
     return jnp.asarray(array, dtype=array.dtype)
 
 
-def _start(state: State, step: int) -> tuple[State, jax.Array, jax.Array]:
+def _start(state: State, given: State, step: int) -> tuple[tuple[State, jax.Array, jax.Array], list[Any]]:
     # A copy, which the loop may give away; made by a compiled program, so that all parts live where its results live.
-    return jax.tree.map(jnp.copy, state), jnp.asarray(step, jnp.int32), jnp.asarray(True)
+    carry = jax.tree.map(jnp.copy, state), jnp.asarray(step, jnp.int32), jnp.asarray(True)
+    # Only what is finite at the start must stay so, in a resumed run as in an unbroken one.
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(given), strict=True)
+    return carry, [jnp.all(jnp.isfinite(a)) & jnp.all(jnp.isfinite(b)) if _is_inexact(a) else False for a, b in pairs]
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _paths(state: State) -> list[str]:
+    return [f"state{jax.tree_util.keystr(path)}" for path, _ in jax.tree.leaves_with_path(state)]
 
 
 def _arrays(who: str, state: State) -> State:
@@ -360,11 +410,32 @@ def _arrays(who: str, state: State) -> State:
     return jax.tree.map(_strong, state)
 
 
-def _series(past: Mapping[str, np.ndarray], rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    if not rows:
-        return dict(past)
-    new = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return {name: np.concatenate([past[name], values]) if past else values for name, values in new.items()}
+def _append(series: dict[str, tuple[np.dtype, bytearray]], metrics: Mapping[str, np.ndarray]) -> None:
+    for name, value in metrics.items():
+        series.setdefault(name, (value.dtype, bytearray()))[1].extend(value.tobytes())
+
+
+def _series(series: Mapping[str, tuple[np.dtype, bytearray]]) -> dict[str, np.ndarray]:
+    return {name: np.frombuffer(data, dtype).copy() for name, (dtype, data) in series.items()}
+
+
+def _rescue(
+    error: Exception, checkpoint: Callable[[], None], ended: Callable[[str], Trained], wait: Callable[[], Any]
+) -> None:
+    """Saves what the exception would lose, on disk where there is a directory, and on the exception itself."""
+    try:
+        wait()
+    except Exception:
+        error.add_note("odljax.training.fit: the state was lost with the failed step; the newest checkpoint remains.")
+        return
+    with suppress(Exception):  # the first error is the one to be seen
+        checkpoint()
+    trained = ended("failed")
+    error.trained = trained  # pyright: ignore[reportAttributeAccessIssue]
+    error.add_note(
+        f"odljax.training.fit: the state after {trained.num_steps} steps is the attribute trained.state of this "
+        f"exception; checkpoint: {trained.checkpoint or 'none'}."
+    )
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -374,39 +445,114 @@ def _absolute(directory: str | Path) -> Path:
     return Path(directory).expanduser().absolute()
 
 
-def _manager(directory: str | Path) -> Any:
-    import orbax.checkpoint as ocp
+def _orbax(who: str) -> Any:
+    try:
+        import orbax.checkpoint as ocp
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{who}: checkpoints need the package orbax-checkpoint; it is not installed. Install it (pip install "
+            "orbax-checkpoint), or go without checkpoints.",
+            name=error.name,
+        ) from error
+    return ocp
 
+
+def _look_ahead(who: str, directory: Path, state: State) -> None:
+    """Raises before the first step what would otherwise be raised after the last."""
+    _orbax(who)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise type(error)(
+            f"{who}: checkpoint_directory must be a directory that can be written to; {directory}: {error.strerror}. "
+            "Choose another."
+        ) from error
+    needed = _AROUND + sum(leaf.nbytes for leaf in map(_stored, jax.tree.leaves(state)) if leaf is not None)
+    if free < needed:
+        raise OSError(
+            f"{who}: checkpoint_directory must have room for the state, {needed:,} bytes; {directory} has "
+            f"{free:,}. Make room, or choose another."
+        )
+
+
+def _manager(ocp: Any, directory: Path) -> Any:
     return ocp.CheckpointManager(
-        _absolute(directory),
-        item_handlers=ocp.StandardCheckpointHandler(),
+        directory,
+        item_handlers={name: ocp.StandardCheckpointHandler() for name in (_TREE, _HISTORY)},
         options=ocp.CheckpointManagerOptions(
             max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
         ),
     )
 
 
-def _restore(who: str, directory: Path, like: Callable[[PyTree], PyTree]) -> PyTree:
-    import orbax.checkpoint as ocp
+def _boxed(tree: PyTree) -> PyTree:
+    """The tree, in a dict where it is a single leaf or empty, because Orbax stores neither."""
+    return {"value": tree} if jax.tree.structure(tree).num_nodes == 1 else tree
 
-    step = _found(who, directory)
-    with _manager(directory) as manager:
-        stored = manager.item_metadata(step).tree
-        model = like(stored)
-        wanted = jax.tree.map(_wanted, model)
-        if differences := _differences(stored, "in the checkpoint", wanted, "asked for"):
+
+def _save(who: str, directory: Path, tree: PyTree, step: int | None, history: Mapping[str, np.ndarray]) -> Path:
+    last = latest_step(directory)
+    step = (-1 if last is None else last) + 1 if step is None else _checks.count(who, "step", step, 0)
+    if last is not None and step <= last:
+        raise ValueError(
+            f"{who}: step must be above {last}, that of the checkpoint in {directory}; {step} came. "
+            "Leave it out, or choose another directory."
+        )
+    ocp = _orbax(who)
+    # The history is beside the tree, not around it, so that what fit saved is loaded like what save did.
+    parts = {_TREE: _boxed(jax.tree.map(_stored, tree)), **({_HISTORY: dict(history)} if history else {})}
+    items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+    with _manager(ocp, directory) as manager:
+        manager.save(step, args=ocp.args.Composite(**items))
+    return directory / str(step)
+
+
+def _restore(who: str, path: Path, like: PyTree, part: list[str], item: str = _TREE) -> PyTree:
+    ocp = _orbax(who)
+    with _manager(ocp, path.parent) as manager:
+        items = manager.item_metadata(int(path.name))
+        if item == _HISTORY and item not in items:  # a run without metrics, or before its first step
+            return {}
+        stored = items[item].tree
+        try:
+            chosen = functools.reduce(lambda tree, name: tree[_key(tree, name)], part, stored)
+        except (KeyError, IndexError, TypeError, ValueError):
             raise ValueError(
-                f"{who}: {directory / str(step)} must have the structure, shapes and dtypes that are asked for; "
-                f"{differences}. Build the same model, optimiser and precision as the run that wrote it, or start anew "
-                "in another directory."
+                f"{who}: part must be in {path}, which holds {', '.join(_leaves(stored))}; {'/'.join(part)!r} came."
+            ) from None
+        boxed = like is not None and not part
+        model = chosen if like is None else _boxed(like) if boxed else like
+        wanted = jax.tree.map(_wanted, model)
+        if differences := _differences(chosen, "in the checkpoint", wanted, "asked for"):
+            raise ValueError(
+                f"{who}: {path} must have the structure, shapes and dtypes that are asked for; {differences}. Build "
+                "the same model, optimiser and precision as the run that wrote it, or start anew in another directory."
             )
-        restored = manager.restore(step, args=ocp.args.StandardRestore(wanted))
-    return jax.tree.map(_unstored, model, restored)
+        asked = _replaced(jax.tree.map(_wanted, stored), part, wanted)
+        restored = manager.restore(int(path.name), args=ocp.args.Composite(**{item: ocp.args.StandardRestore(asked)}))
+    found = functools.reduce(lambda tree, name: tree[_key(tree, name)], part, restored[item])
+    found = jax.tree.map(_unstored, model, found)
+    return found["value"] if boxed and model is not like else found
+
+
+def _key(tree: Any, name: str) -> Any:
+    return int(name) if isinstance(tree, list | tuple) else name
+
+
+def _replaced(tree: Any, part: list[str], value: Any) -> Any:
+    """The tree of dicts and lists with the value in the place of its part."""
+    if not part:
+        return value
+    tree, key = tree.copy(), _key(tree, part[0])
+    tree[key] = _replaced(tree[key], part[1:], value)
+    return tree
 
 
 def _restore_run(who: str, directory: Path, state: State) -> tuple[State, dict[str, np.ndarray]]:
-    run = _restore(who, directory, lambda stored: {"state": state, "metrics": stored["metrics"]})
-    return run["state"], dict(run["metrics"])
+    path = directory / str(_found(who, directory))
+    return _restore(who, path, state, []), _restore(who, path, None, [], _HISTORY)
 
 
 def _stored(leaf: Any) -> Any:
