@@ -1,5 +1,7 @@
 """The two ways to stop: what they return, when they stop, and what they say about it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,9 +153,26 @@ def test_diverged():
     wild = odl.gradient_descent(QUADRATIC.objective, step_size=3.0)
     solution = run(odl.until_converged(wild, tol=1e-10, max_steps=1000))
     assert status(solution) is Status.DIVERGED
-    assert int(solution.num_steps) < 60
-    scale = max(1.0, np.linalg.norm(START), residual(START, step=3.0))
-    assert 1e6 * scale < float(solution.residual) < 1e7 * scale
+    eps, steepest = np.finfo(float).eps, 3.0 * np.linalg.eigvalsh(Q).max() - 1.0
+    growth = float(solution.residual) / residual(START)
+    assert eps**-2 < growth < steepest * eps**-2  # the first step beyond
+    cut = run(odl.until_converged(wild, tol=1e-10, max_steps=40))  # at the end of the budget a million times will do
+    assert status(cut) is Status.DIVERGED
+    assert 1e6 < float(cut.residual) / residual(START) < eps**-2
+    early = run(odl.until_converged(wild, tol=1e-10, max_steps=5))
+    assert status(early) is Status.STEP_BUDGET_SPENT
+
+
+@pytest.mark.parametrize("unit", [1.0, 2.0**40, 2.0**-40])
+def test_growth_from_an_unstable_point_is_no_divergence(unit):
+    """Logistic growth and a double well, started a billionth of the way: they arrive, in any unit."""
+    growth = odl.fixed_point(lambda x, theta: x + 0.5 * x * (1 - x / theta))
+    well = odl.gradient_descent(lambda x, theta: 0.25 * (x**2 - theta**2) ** 2 / theta**2, 0.3)
+    for walk, steps in ((growth, 71), (well, 94)):
+        solution = odl.until_converged(walk, tol=0.0, relative_tol=1e-6, max_steps=500)(1e-9 * unit, unit)
+        assert status(solution) is Status.CONVERGED
+        assert int(solution.num_steps) == steps
+        assert abs(float(solution.x) / unit - 1) < 1e-5
 
 
 def test_non_finite_wherever_it_comes_from():
@@ -176,7 +195,12 @@ def test_relative_tolerance():
     solution = run(odl.until_converged(DESCENT, tol=0.0, relative_tol=1e-3, max_steps=1000))
     assert status(solution) is Status.CONVERGED
     assert float(solution.residual) <= 1e-3 * np.linalg.norm(solution.x)
-    np.testing.assert_allclose(solution.relative_residual, residual(solution.x) / np.linalg.norm(solution.x), rtol=1e-9)
+    slope, walk = lambda x: Q @ x - THETA, [START]
+    for _ in range(int(solution.num_steps)):
+        walk.append(walk[-1] - slope(walk[-1]))
+    steepest = max(np.linalg.norm(slope(b) - slope(a)) / np.linalg.norm(b - a) for a, b in itertools.pairwise(walk))
+    scale = steepest * np.linalg.norm(walk[-1])
+    np.testing.assert_allclose(solution.relative_residual, np.linalg.norm(slope(walk[-1])) / scale, rtol=1e-9)
     tight = run(odl.until_converged(DESCENT, tol=1e-3, max_steps=1000))
     assert np.linalg.norm(solution.x) > 1
     assert int(solution.num_steps) < int(tight.num_steps)  # |x| is above one

@@ -140,10 +140,14 @@ def _gates() -> tuple[Any, Any]:
         return [*cotangents, functools.reduce(jnp.logical_or, used).astype(jnp.float32)]
 
     def enter_batch(axis_data: Any, leaves: Any, axes: Any, *, batch: tuple[int, ...]) -> Any:
+        if all(axis is None for axis in axes):
+            return entrance.bind(*leaves, batch=batch), [None] * (len(leaves) + 1)
         out = entrance.bind(*together(axis_data, leaves, axes), batch=(axis_data.size, *batch))
         return out, [0] * len(out)
 
     def leave_batch(axis_data: Any, arguments: Any, axes: Any) -> Any:
+        if all(axis is None for axis in axes):
+            return way_out.bind(*arguments), [None] * (len(arguments) - 1)
         out = way_out.bind(*together(axis_data, arguments, axes))
         return out, [0] * len(out)
 
