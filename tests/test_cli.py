@@ -112,12 +112,14 @@ def test_wrong_arguments_are_refused(calls, capsys, arguments, words):
 
 
 @pytest.mark.parametrize(
-    ("module", "package"), [("skimage.data", "scikit-image"), ("matplotlib", "matplotlib"), ("rich", "rich")]
+    ("module", "package"),
+    [("skimage.data", "scikit-image"), ("orbax.checkpoint", "orbax-checkpoint"), ("rich", "rich")],
 )
 def test_a_missing_extra_is_one_line(calls, capsys, module, package):
     calls[0].answer = ModuleNotFoundError(f"No module named {module!r}", name=module)
     assert cli.main(["train", "toy"]) == 1
-    assert capsys.readouterr() == ("", f"odljax train toy needs {package}: pip install odljax[demo]\n")
+    how = "in the checkout of odljax: pip install '.[demo]'"
+    assert capsys.readouterr() == ("", f"odljax train toy needs {package}; {how}\n")
 
 
 def test_any_other_import_error_is_a_bug_and_stays_visible(calls):
@@ -137,7 +139,9 @@ def test_list_names_every_application(calls, capsys, monkeypatch):
 
     monkeypatch.setattr(cli.importlib, "import_module", find)
     assert cli.main(["list"]) == 0
-    assert capsys.readouterr().out == "toy  a toy\nno   (needs scikit-image: pip install odljax[demo])\n"
+    assert capsys.readouterr().out == (
+        "toy  a toy\nno   (needs scikit-image; in the checkout of odljax: pip install '.[demo]')\n"
+    )
 
 
 def test_doctor_reports_versions_devices_and_precision(capsys, monkeypatch):

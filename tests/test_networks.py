@@ -19,9 +19,11 @@ def test_neighbourhoods_are_what_a_loop_collects():
             np.testing.assert_array_equal(columns[:, i, j], padded[:, i : i + 5, j : j + 5].reshape(2, -1))
 
 
-@pytest.mark.parametrize("size", [0, -1, 4])
-def test_neighbourhoods_need_an_odd_size(size):
-    with pytest.raises(ValueError, match=f"size must be odd and at least 1; {size} came"):
+@pytest.mark.parametrize(
+    ("size", "needed"), [(0, "a whole number of at least 1"), (True, "a whole number of at least 1"), (4, "odd")]
+)
+def test_neighbourhoods_need_an_odd_size(size, needed):
+    with pytest.raises(ValueError, match=f"neighbourhoods: size must be {needed}; {size} came"):
         neighbourhoods(jnp.zeros((1, 3, 3, 1)), size)
 
 

@@ -20,8 +20,15 @@ APPLICATIONS: dict[str, str] = {"denoise": "odljax.applications.denoise"}
 when it was interrupted and can go on; None for `steps` or `methods` means its own. It may name its `METHODS`."""
 
 _INTERRUPTED = 130
-_DEMO = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
-_CORE = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "chex", "jaxtyping", "numpy")
+_DEMO = {
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "orbax": "orbax-checkpoint",
+    "rich": "rich",
+}
+_CORE = ("jax", "jaxlib", "optax", "flax", "chex", "jaxtyping", "numpy")
+_HOW = "in the checkout of odljax: pip install '.[demo]'"
 _GIB = 1 << 30
 
 
@@ -106,7 +113,7 @@ def _list(options: argparse.Namespace) -> int:
         except ImportError as error:
             if (extra := _extra_of(error)) is None:
                 raise
-            summary = f"(needs {extra}: pip install odljax[demo])"
+            summary = f"(needs {extra}; {_HOW})"
         print(f"{name:{width}}  {summary}")
     return 0
 
@@ -130,7 +137,7 @@ def _train(options: argparse.Namespace) -> int:
     except ImportError as error:
         if (extra := _extra_of(error)) is None:
             raise
-        print(f"odljax train {name} needs {extra}: pip install odljax[demo]", file=sys.stderr)
+        print(f"odljax train {name} needs {extra}; {_HOW}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         status = _INTERRUPTED

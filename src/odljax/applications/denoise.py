@@ -247,11 +247,14 @@ def _marks(steps: int) -> list[int]:
     return sorted({0, steps // 30, steps // 10, steps // 3, steps - 1})
 
 
-def _optimiser(settings: Settings) -> optax.GradientTransformation:
+def _rate(settings: Settings) -> optax.Schedule:
     warm_up = max(1, min(20, settings.steps // 10))
-    rate = optax.warmup_cosine_decay_schedule(
+    return optax.warmup_cosine_decay_schedule(
         0.1 * settings.rate, settings.rate, warm_up, max(settings.steps, warm_up + 1), 0.02 * settings.rate
     )
+
+
+def _optimiser(settings: Settings) -> optax.GradientTransformation:
     fast = {"log_kappa", "log_penalty", "network", "beta_1", "beta_2"}
 
     def is_fast(theta: Any) -> Any:
@@ -262,7 +265,7 @@ def _optimiser(settings: Settings) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(settings.clip) if np.isfinite(settings.clip) else optax.identity(),
         optax.scale_by_adam(b2=0.99),
-        optax.scale_by_learning_rate(rate),
+        optax.scale_by_learning_rate(_rate(settings)),
         optax.masked(optax.scale(settings.faster), is_fast),
     )
 
@@ -270,7 +273,7 @@ def _optimiser(settings: Settings) -> optax.GradientTransformation:
 def _update(
     model: Tied | Untied, optimiser: optax.GradientTransformation, settings: Settings, experiment: bool
 ) -> Callable[..., Any]:
-    marks = np.array(_marks(settings.steps))[:, None]
+    marks, rate = np.array(_marks(settings.steps))[:, None], _rate(settings)
 
     def update(
         state: dict[str, Any], step: Array, patches: Array, key: Array
@@ -287,6 +290,7 @@ def _update(
         loss = per_pixel * estimate.value
         metrics = {"loss": loss, "psnr": -10 * jnp.log10(loss), **estimate.measure}
         metrics["change"] = _tree.norm(_tree.subtract(new, theta)) / _tree.norm(theta)
+        metrics["rate"] = jnp.asarray(rate(step), loss.dtype)
         if experiment:
             metrics["norm_A"] = jnp.linalg.norm(new["dictionary"], 2)
         curves = jnp.where(marks == step, estimate.curve[None], state["curves"])

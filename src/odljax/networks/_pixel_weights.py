@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from .. import _checks
+
 _LOWEST, _HIGHEST = -12.0, 3.0
 
 
@@ -34,8 +36,8 @@ def neighbourhoods(x: Float[Array, "n h w c"], size: int = 5) -> Float[Array, "n
         >>> neighbourhoods(jnp.arange(4.0).reshape(1, 1, 4, 1), size=3)[0, 0, 0].tolist()
         [0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
     """
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"neighbourhoods: size must be odd and at least 1; {size} came.")
+    if _checks.count("neighbourhoods", "size", size) % 2 == 0:
+        raise ValueError(f"neighbourhoods: size must be odd; {size} came. Then each pixel is in the middle of its own.")
     half = size // 2
     _, h, w, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (half, half), (half, half), (0, 0)), mode="edge")
