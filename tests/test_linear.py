@@ -304,19 +304,25 @@ def test_a_near_guess_saves_steps(name):
 
 @every
 def test_right_side_zero(name):
-    v, info = compiled(name)(EXACT[name][1], np.zeros(N))
-    np.testing.assert_array_equal(v, np.zeros(N))
-    assert float(info.residual) == 0
-    assert Status(int(info.status)) in FINISHED
-    if name in STOPPING:
-        assert int(info.num_steps) == 0
+    """Whatever the guess, and whatever the product says of it."""
+    for matrix in (EXACT[name][1], np.full((N, N), np.nan)):
+        for guess in (np.zeros(N), B):
+            v, info = compiled(name)(matrix, np.zeros(N), guess)
+            np.testing.assert_array_equal(v, np.zeros(N))
+            assert float(info.residual) == float(info.error) == 0
+            assert Status(int(info.status)) is Status.CONVERGED
+            if name in STOPPING:
+                assert int(info.num_steps) == 0
 
 
 @pytest.mark.parametrize("name", STOPPING)
-def test_right_side_zero_from_a_guess(name):
-    v, info = compiled(name)(EXACT[name][1], np.zeros(N), B)
-    assert np.abs(v).max() < 1e-12
-    assert Status(int(info.status)) is Status.CONVERGED
+def test_a_guess_that_is_no_better_than_zero_is_not_used(name):
+    matrix = EXACT[name][1]
+    cold, want = compiled(name)(matrix, B)
+    for guess in (1e6 * B, np.full(N, np.nan)):
+        v, info = compiled(name)(matrix, B, guess)
+        np.testing.assert_array_equal(v, cold)
+        assert int(info.num_steps) == int(want.num_steps)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +350,159 @@ def test_the_tolerance_is_that_asked_for():
     assert 1e-6 < float(loose.residual) <= 1e-2
     assert float(tight.residual) <= 1e-8
     assert int(loose.num_steps) < int(tight.num_steps)
+
+
+@pytest.mark.parametrize("name", ["cg", "gmres", "bicgstab", "neumann"])
+def test_converged_is_within_the_tolerance(name):
+    """Twice the tolerance is too much, and a tolerance of 1 asks for nothing."""
+    steps = {"cg": 3, "gmres": 3, "bicgstab": 4, "neumann": 3}[name]
+    make = {
+        "cg": lambda tol: linear.cg(tol=tol, max_steps=steps),
+        "gmres": lambda tol: linear.gmres(tol=tol, max_steps=steps, restart=steps),
+        "bicgstab": lambda tol: linear.bicgstab(tol=tol, max_steps=steps),
+        "neumann": lambda tol: linear.neumann(steps, tol),
+    }[name]
+    solve = jax.jit(lambda b, tol: make(tol)(lambda v: SYMMETRIC @ v, b))
+    left = float(solve(B, 1e-9)[1].residual)
+    for tol, status in ((left / 2, Status.STEP_BUDGET_SPENT), (left / 8, Status.STEP_BUDGET_SPENT)):
+        v, info = solve(B, tol)
+        np.testing.assert_allclose(info.residual, left, rtol=1e-12)
+        assert (Status(int(info.status)), int(info.num_steps)) == (status, steps)
+    assert Status(int(solve(B, 1.01 * left)[1].status)) is Status.CONVERGED  # met by the last step of the budget
+    for tol in (1.0, 2.0, 0.0, -1e-3):
+        v, info = solve(B, tol)
+        assert Status(int(info.status)) is Status.NON_FINITE
+        assert np.isnan(v).all()
+        with pytest.raises(ValueError, match=rf"{name}: tol must lie in \(0, 1\); {tol} came"):
+            make(tol)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_low_precision_excuses_no_singular_matrix(dtype):
+    singular, b = jnp.asarray([1.0, 0.5, 0.0], dtype), jnp.asarray([1.0, 1.0, 0.6], dtype)
+    for solver in (linear.cg(), linear.gmres(), linear.bicgstab()):
+        v, info = jax.jit(lambda diagonal, b, solver=solver: solver(lambda v: diagonal * v, b))(singular, b)
+        assert v.dtype == dtype
+        assert Status(int(info.status)) is not Status.CONVERGED
+    v, info = jax.jit(lambda b: linear.cg()(lambda v: jnp.asarray([1.0, 0.5, 0.25], dtype) * v, b))(b)
+    np.testing.assert_allclose(v.astype(float), [1.0, 2.0, 2.4], rtol=4 * float(jnp.finfo(dtype).eps))
+    assert Status(int(info.status)) is Status.CONVERGED
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if "lineax" not in name] + ["nystrom"])
+def test_nothing_to_solve_for(name):
+    solver = linear.nystrom(3) if name == "nystrom" else EXACT[name][0]()
+    v, info = solver(lambda v: v, {"empty": jnp.zeros((0, 3))})
+    assert v["empty"].shape == (0, 3)
+    assert (Status(int(info.status)), int(info.num_steps), float(info.residual)) == (Status.CONVERGED, 0, 0.0)
+
+
+# ---- units -----------------------------------------------------------------------------------------------------------
+
+# The unit of A and that of b; v has the unit of b / A.
+UNITS = np.array(
+    [(1, 1), (1, 1e-30), (1, 1e30), (1e-30, 1), (1e30, 1), (1e-30, 1e-30), (1e30, 1e30), (1e-20, 1e10), (1e10, 1e-20)]
+)
+UNIT_FREE = {
+    "cg": (lambda unit: linear.cg(), SYMMETRIC),
+    "cg, preconditioned": (lambda unit: linear.cg(preconditioner=lambda v: v / (2 * unit)), SYMMETRIC),
+    "cg, sketched": (lambda unit: linear.cg(preconditioner=linear.nystrom_preconditioner(3, 0.1 * unit)), SYMMETRIC),
+    "gmres": (lambda unit: linear.gmres(restart=4), GENERAL),
+    "gmres, preconditioned": (lambda unit: linear.gmres(restart=4, preconditioner=lambda v: v / (2 * unit)), GENERAL),
+    "bicgstab": (lambda unit: linear.bicgstab(), GENERAL),
+    "dense": (lambda unit: linear.dense(), GENERAL),
+    "nystrom": (lambda unit: linear.nystrom(N, 0.1 * unit), SYMMETRIC),
+    "neumann": (lambda unit: linear.neumann(40), GENERAL),
+    "neumann, stopping": (lambda unit: linear.neumann(40, 1e-6), GENERAL),
+}
+
+
+@pytest.mark.parametrize("name", list(UNIT_FREE))
+def test_units_do_not_matter(name):
+    """In float32: the same digits, steps, statuses and relative errors, cold and from a guess."""
+    make, matrix = UNIT_FREE[name]
+    units = UNITS[:3] if "neumann" in name else UNITS  # I - A has no unit
+    bias = 0.1 * np.eye(N) if name == "nystrom" else 0.0
+    want = np.linalg.solve(matrix + bias, B)
+
+    def solve(scale, unit, guess):
+        low = jnp.asarray(matrix, jnp.float32)
+        return make(scale)(lambda v: scale * (low @ v), unit * jnp.asarray(B, jnp.float32), guess)
+
+    solve = jax.jit(jax.vmap(solve))
+    for near in (0.0, 1 - 1e-3 * np.arange(N)):
+        guesses = (units[:, 1:] / units[:, :1] * near * want).astype(np.float32)
+        v, info = solve(*units.T.astype(np.float32), guesses)
+        digits = np.asarray(v, float) * units[:, :1] / units[:, 1:]
+        np.testing.assert_allclose(digits, np.broadcast_to(want, v.shape), rtol=0, atol=1e-5)
+        assert len(set(np.asarray(info.num_steps).tolist())) == 1
+        assert set(np.asarray(info.status).tolist()) <= {int(status) for status in FINISHED}
+        assert np.ptp(np.log2(np.maximum(info.error, 1e-8))) < 6
+
+
+# ---- how far the answer is from the truth ----------------------------------------------------------------------------
+
+
+@functools.cache
+def ill_conditioned(condition):
+    """A matrix of this condition in float32, right sides of two kinds, and the solutions."""
+    rng = np.random.default_rng(int(np.log10(condition)))
+    basis, _ = np.linalg.qr(rng.standard_normal((30, 30)))
+    low = ((basis * np.logspace(0, -np.log10(condition), 30)) @ basis.T).astype(np.float32)
+    matrix, rights = low.astype(float), rng.standard_normal((8, 30))
+    rights[1::2] = rights[1::2] @ matrix  # of a solution without a direction of its own
+    rights = rights.astype(np.float32)
+    return low, rights, np.linalg.solve(matrix, rights.astype(float).T).T
+
+
+@pytest.mark.parametrize("name", ["dense", "cg", "gmres", "bicgstab"])
+def test_an_ill_conditioned_solve_is_told(name):
+    """In float32: no success whose error is above 1e-4, no failure where it is far below, and an estimate near it."""
+    solver = {"gmres": linear.gmres, "cg": linear.cg, "bicgstab": linear.bicgstab, "dense": linear.dense}[name]()
+    solve = jax.jit(jax.vmap(lambda matrix, b: solver(lambda v: matrix @ v, b), in_axes=(None, 0)))
+    seen, ratios = [], []
+    for condition in (1e2, 1e3, 1e4, 1e5, 1e6, 1e7):
+        matrix, rights, want = ill_conditioned(condition)
+        v, info = solve(matrix, rights)
+        errors = np.linalg.norm(np.asarray(v, float) - want, axis=1) / np.linalg.norm(want, axis=1)
+        statuses = np.asarray(info.status)
+        finished = np.isin(statuses, [Status.CONVERGED, Status.ILL_CONDITIONED])
+        assert (errors[statuses == Status.CONVERGED] < 1e-4).all(), (condition, errors, info.error)
+        # GMRES bounds the error of a right side without small directions by that of the worst.
+        assert (statuses[errors < 1e-5] == Status.CONVERGED).all() or name == "gmres", (condition, errors, info.error)
+        ratios += (np.asarray(info.error) / errors)[finished].tolist()
+        seen.append(set(statuses.tolist()))
+    assert seen[0] == {Status.CONVERGED}
+    assert all(Status.CONVERGED not in statuses for statuses in seen[4:])
+    assert Status.ILL_CONDITIONED in set().union(*seen)
+    assert 0.5 < np.exp(np.mean(np.log(ratios))) < 5, ratios
+    assert min(ratios) > 0.02, ratios
+    assert max(ratios) < 40, ratios
+
+
+def test_a_tolerance_that_was_loosened_asks_for_no_digits():
+    matrix, rights, want = ill_conditioned(1e6)
+    v, info = jax.jit(lambda b: linear.cg(tol=1e-2)(lambda v: jnp.asarray(matrix) @ v, b))(rights[1])
+    assert Status(int(info.status)) is Status.CONVERGED
+    error = np.linalg.norm(np.asarray(v, float) - want[1]) / np.linalg.norm(want[1])
+    assert 0.1 < float(info.error) / error < 10
+
+
+def test_the_error_of_biased_solvers_is_estimated():
+    def solve(b):
+        slow = linear.neumann(5)(lambda v: 0.3 * v, b)
+        solvers = linear.neumann(4), linear.identity(), linear.nystrom(N, 1e-2), linear.neumann(50, 1e-3)
+        lost = linear.identity()(lambda v: -v, b)[1].error
+        return slow, [solver(product(SYMMETRIC), b) for solver in solvers], lost
+
+    (slow, slow_info), answers, lost = jax.jit(solve)(B)
+    # With one rate in all directions the estimate is exact.
+    np.testing.assert_allclose(slow_info.error, np.linalg.norm(slow - B / 0.3) / np.linalg.norm(slow), rtol=1e-9)
+    want = np.linalg.solve(SYMMETRIC, B)
+    for v, info in answers:
+        assert 0.3 < float(info.error) / (np.linalg.norm(v - want) / np.linalg.norm(v)) < 5
+    assert lost == np.inf  # a series that does not converge
+    assert compiled("lineax_gmres")(GENERAL, B)[1].error == np.inf  # nothing is known
 
 
 def test_cg_stalls_on_an_indefinite_matrix():
@@ -610,6 +769,7 @@ def test_a_preconditioner_saves_steps_on_an_ill_conditioned_ridge(name):
     want = np.linalg.solve(RIDGE, RIGHT)
     np.testing.assert_allclose(v, want, rtol=0, atol=1e-6 * np.abs(want).max())
     np.testing.assert_allclose(info.residual, true_residual(RIDGE, v, RIGHT), rtol=1e-2)
+    assert 0.1 < float(info.error) / (np.linalg.norm(v - want) / np.linalg.norm(want)) < 1e3
     if "not" not in name:
         _, plain = on_the_ridge(name, False)(RIGHT)
         assert int(info.num_steps) < 0.5 * int(plain.num_steps)

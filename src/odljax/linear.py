@@ -151,7 +151,7 @@ def _judged(report: Report, b: Any, miss: Any, size: Array, off: Array, length: 
     # products, which lies in all of them: on matrices of many spectra its part grows with the root of the condition.
     whole, left = report.inverse(miss) / length, off if report.left is None else jnp.minimum(report.left, off)
     share = _safe_ratio(left, off)
-    known, rounded = whole * share, 4 * whole * (1 - share) * jax.lax.rsqrt(jnp.maximum(report.condition, 1))
+    known, rounded = whole * share, 8 * whole * (1 - share) * jax.lax.rsqrt(jnp.maximum(report.condition, 1))
     error = known + rounded
     if report.left is not None:  # a guess that was good enough showed nothing of A
         error = jnp.maximum(error, left / size)
@@ -478,13 +478,14 @@ def bicgstab(
         seen = _Stretches(zero + 1, zero, zero + jnp.inf, zero)
         start = (_tree.zeros_like(b), b, b, rr, rr, jnp.zeros((), jnp.int32), jnp.zeros((), bool), seen)
         v, _, _, _, rr, k, broken, seen = jax.lax.while_loop(running, body, start)
+        inverse = 2 * jax.lax.rsqrt(seen.least)  # as it stands it is a lower bound
         report = Report(
-            lambda r: jax.lax.rsqrt(seen.least) / seen.unit * _tree.norm(precondition(r)),
+            lambda r: inverse / seen.unit * _tree.norm(precondition(r)),
             limit,
             spent=(k >= max_steps) & ~broken & (rr > target),
             left=jnp.sqrt(rr),
             stretch=jnp.sqrt(seen.stretch) * seen.unit,
-            condition=jnp.sqrt(seen.most / seen.least),
+            condition=jnp.sqrt(seen.most) * inverse,
         )
         return _nan_unless(jnp.isfinite(rr + limit), _in_units(v, seen.unit)), k + products, report
 
@@ -766,7 +767,8 @@ def dense() -> LinearSolver:
             return jax.scipy.linalg.lu_solve(factor, right) / unit
 
         limit = jnp.asarray(8 * jnp.finfo(flat.dtype).eps, flat.dtype)
-        report = Report(lambda r: _tree.norm(solve(_widened(r)[0])), limit, stretch=_tree.norm(matrix))
+        # Twice, for the residual is rounded as the solution is.
+        report = Report(lambda r: 2 * _tree.norm(solve(_widened(r)[0])), limit, stretch=_tree.norm(matrix))
         return narrow(solve(flat)), jnp.asarray(flat.size, jnp.int32), report
 
     return LinearSolver(run, "dense")
