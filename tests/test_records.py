@@ -150,7 +150,7 @@ def test_a_call_outside_of_jit_compiles_once():
         "gradient, unrolled": jax.grad(lambda theta: jnp.sum(unrolled(jnp.zeros(3), theta).x)),
         "update": lambda theta: hyper.update(theta, start),
     }
-    first, *others = map(jnp.asarray, np.arange(1.0, 10.0).reshape(3, 3))
+    first, *others = map(jnp.asarray, np.linspace(0.1, 1.0, 9).reshape(3, 3))
     for name, call in calls.items():
         jax.block_until_ready(call(first))
         compiled.clear()
