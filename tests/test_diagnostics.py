@@ -191,6 +191,23 @@ def test_a_linear_function():
     assert test.slope == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("unit", [1e-20, 1e20])
+def test_the_units_of_theta_and_of_the_function_do_not_matter(unit):
+    theta = unit * jnp.asarray([0.3, -1.0, 2.0])
+    function = lambda theta: jnp.sum(jnp.sin(theta / unit)) / unit
+    test = taylor_test(function, theta)
+    assert test.slope == pytest.approx(2.0, abs=0.05)
+    assert test.relative_error < 1e-8
+    wrong = taylor_test(function, theta, 1.01 * jax.grad(function)(theta))
+    assert wrong.slope == pytest.approx(1.0, abs=0.05)
+    assert wrong.relative_error == pytest.approx(0.01 / 1.01, rel=1e-3)
+    # At zero there is no unit to go by: it is given.
+    origin = taylor_test(function, 0 * theta, 1.01 * jax.grad(function)(0 * theta), scale=unit)
+    assert origin.slope == pytest.approx(1.0, abs=0.05)
+    with pytest.raises(ValueError, match=r"taylor_test: scale must lie in \(0, inf\); 0.0 came"):
+        taylor_test(function, theta, scale=0.0)
+
+
 # ---- kinks -----------------------------------------------------------------------------------------------------------
 
 ROWS = RNG.standard_normal((20, 8)) / np.sqrt(20)

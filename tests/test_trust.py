@@ -126,6 +126,31 @@ def test_error_estimate_does_not_promise_what_it_cannot_know():
         odl.diagnostics.hypergradient_error(walk, lambda x, t: x**2, 1.0, 1.0, 0.0)
 
 
+def test_error_estimate_sees_what_the_right_sides_hardly_show():
+    """Condition 1e6: the direction that carries the gradient is 5e-4 of the outer gradient, and 1e-6 of a step."""
+    curvature, slope = jnp.asarray([1.0, 1e-6]), jnp.asarray([1.0, 5e-4])
+    inner = odl.gradient_descent(lambda x, theta: 0.5 * jnp.sum(curvature * x**2) - jnp.sum(x * theta), 1.0)
+    outer = lambda x, theta: jnp.sum(slope * x)
+
+    @jax.jit
+    def report(unit, x):
+        scaled = lambda x, theta: unit * outer(x, theta)
+        short = odl.implicit(odl.for_steps(inner, 1), odl.linear.neumann(20), on_failure="ignore")
+        hyper = through(short, scaled, error_estimate=True)
+        theta = curvature * x
+        gradient, _, info = hyper.update(theta, hyper.init(theta, x))
+        alone = odl.diagnostics.hypergradient_error(inner, scaled, x, theta, gradient)
+        return gradient, info.error, alone.error
+
+    truth = slope / curvature
+    for unit in (1e-30, 1.0, 1e30):
+        gradient, *estimates = report(unit, jnp.asarray([0.3, 2.0]))
+        error = float(jnp.linalg.norm(gradient / unit - truth))
+        assert error > 400
+        for estimate in estimates:
+            assert error <= float(estimate) / unit <= 3 * error
+
+
 RIDGE = odl.problems.ridge(30, 5)
 DESCENT = odl.gradient_descent(RIDGE.objective, RIDGE.step_size)
 
