@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from odljax import cli, training
 from odljax.applications import _photographs as photographs
@@ -84,6 +85,8 @@ def test_the_run_records_joint_convergence_and_probes_the_operator(whole, key):
     results = numbers(whole[0])
     record, probe = results["training"][key], results["probe"][key]
     assert len(record["change"]) == TINY.steps
+    cosine = 0.51 + 0.49 * np.cos(np.pi * np.arange(27) / 27)  # after the three steps of warming up
+    np.testing.assert_allclose(record["rate"][3:], TINY.rate * cosine, rtol=1e-4)
     assert record["marks"] == [0, 1, 3, 10, 29]
     assert np.shape(record["curves"]) == (5, 15)
     assert np.all(np.array(record["curves"]) > 0)
@@ -103,6 +106,13 @@ def test_the_report_is_a_table_and_a_story(whole, capsys):
     out = capsys.readouterr().out
     for words in ("D-LADMM + weight network", "HODL, aggregated", "lambda_min(G)", "not projected: |A| up to"):
         assert words in out
+
+
+def test_the_outer_panel_shows_changes_per_unit_of_rate():
+    ax = Figure().subplots()
+    _report._outer(ax, {"training": {"hodl": {"change": [2e-3, 3e-4, None], "rate": [1e-3, 1e-4, 1e-5]}}})
+    (line,) = ax.lines
+    np.testing.assert_allclose(line.get_ydata(), [2, 3, np.nan], rtol=1e-12)
 
 
 def test_an_interrupted_run_that_is_resumed_ends_as_an_unbroken_one(whole, tiny, tmp_path, monkeypatch, capsys):
@@ -211,29 +221,62 @@ def test_the_operator_is_non_expansive_in_its_metric_for_any_theta(log_penalty, 
             rounding = 1e-14 * jnp.sqrt(squares(u) + squares(v))
 
 
-def test_the_step_of_aggregation_stays_below_its_bound_by_construction():
-    """In the e-block, where the outer gradient lives, s_k < beta = lambda_min(G) for every theta and k."""
-    model = sparse.Tied(weight=0.5)
-    assert 0 < model.first_step < 1
-    patches = sparse.observe(jnp.full((2, 36), 0.4))
-    theta = model.init(jax.random.key(0), 6, 50)
-    parameters = sparse.coding(jax.tree.map(lambda leaf: leaf.astype(float), theta), patches)
-    slope = jax.grad(sparse.distance)(sparse.start(parameters, patches), patches, jnp.zeros((2, 36)))
+@pytest.mark.parametrize("log_penalty", [-9.0, -1.0, 2.0, 9.0])
+def test_the_step_of_aggregation_stays_below_its_bound(log_penalty, monkeypatch):
+    """In the e-block, where the outer gradient lives, G = beta I: there s_k < beta / L for every theta and k."""
+    model, rng = sparse.Tied(weight=0.5), np.random.default_rng(4)
+    theta = jax.tree.map(lambda leaf: leaf.astype(float), model.init(jax.random.key(0), 6, 50))
+    theta |= {"log_penalty": jnp.asarray(log_penalty)}
+    noisy, clean = jnp.asarray(rng.random((2, 3, 36)))
+    given = {}
+
+    def hodl(operator, outer, **options):
+        given.update(options, outer=outer)
+        raise StopIteration
+
+    monkeypatch.setattr(sparse.odl.hypergradients, "hodl", hodl)
+    with pytest.raises(StopIteration):
+        model.estimate(theta, noisy, clean)
+    patches = sparse.observe(noisy)
+    parameters = sparse.coding(theta, patches)
+    u, v = (
+        sparse.start(parameters, patches)._make(jnp.asarray(rng.normal(size=(3, n))) for n in (50, 36, 36))
+        for _ in range(2)
+    )
+
+    def loss(t):
+        return float(given["outer"](jax.tree.map(lambda a, b: a + t * b, u, v), parameters))
+
+    curvature = (loss(1) - 2 * loss(0) + loss(-1)) / np.sum(np.square(v.e))
+    beta = np.exp(np.clip(log_penalty, -3, 3))
+    for k in range(model.num_steps):
+        assert 0 < given["step_size"](parameters, jnp.asarray(k)) * curvature < beta
+    slope = jax.grad(given["outer"])(u, parameters)
     assert not jnp.any(slope.z)
     assert not jnp.any(slope.y)
+    np.testing.assert_allclose(given["metric_inverse"](slope, parameters).e * beta, slope.e, rtol=1e-12)
 
 
-def test_restoring_the_tied_model_is_the_relaxed_operator_alone():
+def shrunk(v, t):
+    return np.sign(v) * np.maximum(np.abs(v) - t, 0)
+
+
+def test_restoring_the_tied_model_is_relaxed_linearised_admm_alone():
     model = sparse.Tied(weight=0.5, num_steps=3)
     noisy = photographs.salt_and_pepper(jax.random.key(0), jnp.full((4, 36), 0.4))
     theta = jax.tree.map(lambda leaf: leaf.astype(float), model.init(jax.random.key(0), 6, 50))
-    patches = sparse.observe(noisy)
-    parameters, T = sparse.coding(theta, patches), sparse.operator(patches)
-    u = sparse.start(parameters, patches)
+    theta |= {"log_penalty": jnp.asarray(-0.3)}
+    weights = np.asarray(sparse.pixel_weights(theta, sparse.observe(noisy)))
+    A, kappa, beta = np.asarray(theta["dictionary"]), np.exp(theta["log_kappa"]), np.exp(-0.3)
+    x, r = np.asarray(noisy) - 0.4, 1.02 * beta
+    z, e, y = np.zeros((4, 50)), np.zeros((4, 36)), np.zeros((4, 36))
     for _ in range(3):
-        u = jax.tree.map(lambda a, b: a + 0.95 * (b - a), u, T(u, parameters))
+        new_z = shrunk(z - (y + beta * (z @ A.T + e - x)) @ A / r, kappa / r)
+        new_e = shrunk(x - new_z @ A.T - y / beta, weights / beta)
+        new_y = y + beta * (new_z @ A.T + new_e - x)
+        z, e, y = z + 0.95 * (new_z - z), e + 0.95 * (new_e - e), y + 0.95 * (new_y - y)
     came, _ = model.restore(theta, noisy)
-    np.testing.assert_allclose(came, sparse.readout(u, patches), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(came, x - e + 0.4, rtol=0, atol=1e-6)  # weights and mean are those of float32 data
 
 
 def test_an_untied_model_refuses_to_go_on():
