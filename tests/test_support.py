@@ -382,10 +382,11 @@ def sizes_in_loops(way):
 
 def test_the_adjoint_solve_sees_vectors_of_the_capacity():
     axes, carried = sizes_in_loops("restrict, cg")
-    assert carried == {7}
-    assert axes <= {7, N}  # the data's rows and the support's columns; no axis of length P
+    assert max(carried) == 7  # the rest are the few numbers that conjugate gradients note of the matrix
+    assert {7, N} <= axes  # the support's columns and the data's rows
+    assert P not in axes
     axes, carried = sizes_in_loops("cg")
-    assert carried == {7}
+    assert max(carried) == 7
     assert P in axes  # the products are those of T
 
 
