@@ -1,15 +1,18 @@
 """Projections onto sets that linear equations and inequalities describe."""
 
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from .._tree import magnitude, power_of_two
 from .._types import Float, PyTree
-from ._leafwise import describe, fit, flatten, pair, spread, widest
+from ._leafwise import describe, fit, flatten, nan_unless, norm, pair, spread, widest
+from ._proximal_point import Penalty, proximal_point
 
 
 def hyperplane(
@@ -268,125 +271,82 @@ def _system(who: str, at: str, names: tuple[str, str], leaf: Any, matrix: Any, s
     return x, matrix.reshape(shape), side
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _solve_rows(project: Any, x: Array, *systems: Array) -> Array:
     """`project(x, *systems)` row by row; what all rows share is not copied."""
+    if not x.size:
+        return x
     batch, axes, flat = x.shape[:-1], [], []
     for i, value in enumerate(systems):
         core = 1 if i % 2 else 2
-        if value.ndim <= core:
-            value = jnp.broadcast_to(value, (systems[i - 1].shape[-2],)) if core == 1 else value
-            axes.append(None)
-            flat.append(value)
-        else:
-            own = value.shape[-core:] if core == 2 else (systems[i - 1].shape[-2],)
-            axes.append(0)
-            flat.append(jnp.broadcast_to(value, (*batch, *own)).reshape(-1, *own))
+        own = systems[i - 1].shape[-2:-1] if i % 2 else value.shape[-2:]
+        shared = value.ndim <= core
+        axes.append(None if shared else 0)
+        whole = own if shared else (math.prod(batch), *own)
+        flat.append(jnp.broadcast_to(value, own if shared else (*batch, *own)).reshape(whole))
     return jax.vmap(project, in_axes=(0, *axes))(x.reshape(-1, x.shape[-1]), *flat).reshape(x.shape)
 
 
 def _to_affine(x: Array, A: Array, b: Array) -> Array:
     if 0 in A.shape:
         return x
-    inverse = jnp.linalg.pinv(A)
+    unit = power_of_two(jnp.max(jnp.abs(jax.lax.stop_gradient(A)), axis=1))  # each equation has a unit of its own
+    A, b = A / unit[:, None], b / unit
+    inverse = jnp.linalg.pinv(A, rtol=4 * jnp.finfo(x.dtype).eps * max(A.shape) ** 0.5)
     x = x - inverse @ (A @ x - b)
     return x - inverse @ (A @ x - b)  # once more, against rounding
 
 
 def _to_polyhedron(x: Array, A: Array, b: Array, G: Array, h: Array) -> Array:
-    active, ended = _active(*jax.lax.stop_gradient((x, A, b, G, h)))
-    known = jnp.isfinite(h)
-    held_G, held_h = jnp.where(active[:, None], G, 0), jnp.where(active, jnp.where(known, h, 0), 0)
+    if not A.shape[0] + G.shape[0]:
+        return x
+    held = jax.lax.stop_gradient((x, A, b, G, h))
+    active, near, reach = _active(*held)
+    held_G, held_h = jnp.where(active[:, None], G, 0), jnp.where(active, h, 0)
     y = _to_affine(x, jnp.concatenate([A, held_G]), jnp.concatenate([b, held_h]))
-    return jnp.where(ended & _satisfies(*jax.lax.stop_gradient((x, y, A, b, G, h))), y, jnp.nan)
+    # Feasible, and where the dual says: a point that is both is the projection.
+    miss = jnp.max(jnp.abs(jax.lax.stop_gradient(y) - near))
+    eps = jnp.finfo(x.dtype).eps
+    sound = miss <= 1000 * eps * max(active.size, x.size) ** 0.5 * reach + 10 * eps * jnp.max(jnp.abs(held[0]))
+    return nan_unless(sound & _satisfies(held[0], jax.lax.stop_gradient(y), *held[1:]), y, x, A, b, G, h)
 
 
 def _satisfies(x: Array, y: Array, A: Array, b: Array, G: Array, h: Array) -> Array:
-    slack = 1e-8 if y.dtype.itemsize == 8 else 1e-3
-    largest = jnp.max(jnp.maximum(jnp.abs(x), jnp.abs(y)))  # an entry that ought to be 0 has the rounding of the others
+    slack = 10 * jnp.finfo(y.dtype).eps
+    size = jnp.maximum(jnp.abs(x), jnp.abs(y))  # y is x and a move, and has the rounding of both
 
-    def size(matrix: Array, side: Array) -> Array:
-        return jnp.sum(jnp.abs(matrix), axis=1) * largest + jnp.abs(side) + jnp.finfo(y.dtype).tiny
+    def allowed(matrix: Array, side: Array) -> Array:
+        return slack * (jnp.abs(matrix) @ size + jnp.where(jnp.isfinite(side), jnp.abs(side), 0))
 
-    equal = jnp.abs(A @ y - b) <= slack * size(A, b)
-    below = G @ y - h <= slack * size(G, jnp.where(jnp.isfinite(h), h, 0))
-    return jnp.all(equal) & jnp.all(below) & ~jnp.any(jnp.isnan(G)) & ~jnp.any(jnp.isnan(A))
+    equal = jnp.abs(A @ y - b) <= allowed(A, b)
+    return jnp.all(equal) & jnp.all(G @ y - h <= allowed(G, h)) & ~jnp.any(jnp.isnan(G))
 
 
-def _active(x: Array, A: Array, b: Array, G: Array, h: Array) -> tuple[Array, Array]:
-    """Which inequalities the projection needs: those with a positive multiplier, linearly independent of one another.
+def _active(x: Array, A: Array, b: Array, G: Array, h: Array) -> tuple[Array, Array, Array]:
+    """Which inequalities the projection needs, those with a positive multiplier; the projection; its distance from x.
 
-    And whether the search has ended.
-
-    In the null space of A, from the nearest point of A x = b, and in units of the largest violation, the question is
-    min |z| subject to G z <= h: z = r_x / r_1 with r the residual of min |E u - (0, 1)| over u >= 0, E = (G, h)' up to
-    sign.
+    By proximal points of the dual, around x, for rows of length 1, in units of the largest violation.
     """
-    start, whole = _to_affine(x, A, b), jnp.sqrt(jnp.sum(G * G, axis=1))
-    left = jnp.where(jnp.isfinite(h), h, 0) - G @ start
-    if 0 not in A.shape:
-        G = G - (G @ jnp.linalg.pinv(A)) @ A
-    lengths = jnp.sqrt(jnp.sum(G * G, axis=1))
-    # A row that A has already settled is no row, up to the rounding of what it has lost.
-    idle = ~(lengths > 100 * jnp.finfo(x.dtype).eps * whole) | ~jnp.isfinite(h)
+    rows, sides = jnp.concatenate([A, G]), jnp.concatenate([b, h])
+    lengths = norm([rows], axis=1)[:, 0]
+    idle = (lengths == 0) | ~jnp.isfinite(sides)
     lengths = jnp.where(idle, 1, lengths)
-    normals = jnp.where(idle[:, None], 0, G / lengths[:, None])
-    room = jnp.where(idle, 0, left / lengths)
-    unit = jnp.max(-room, initial=0)
-    columns = jnp.concatenate([-normals.T, -(room / jnp.where(unit > 0, unit, 1))[None]])
-    goal = jnp.zeros(x.size + 1, x.dtype).at[-1].set(1)
-    used, done = _non_negative_least_squares(columns, goal, ~idle)
-    return used & (unit > 0), done
+    rows = jnp.where(idle[:, None], 0, rows / lengths[:, None])
+    room = jnp.where(idle, 0, sides / lengths - rows @ x)
+    equal = jnp.arange(sides.size) < b.size
+    unit = magnitude(jnp.where(equal, room, jnp.minimum(room, 0)))
+    room = room / unit
 
+    def project(p: Array) -> Array:
+        return jnp.where(equal | (p > 0), p, 0)
 
-def _non_negative_least_squares(E: Array, f: Array, allowed: Array) -> tuple[Array, Array]:
-    """The columns that min |E u - f| over u >= 0 uses, and whether the search has ended (Lawson and Hanson, 1974)."""
-    k = E.shape[1]
-    eps = jnp.finfo(E.dtype).eps
-    noise = 10 * eps * max(E.shape) * jnp.max(jnp.sum(jnp.abs(E), axis=0), initial=0)
+    def solve(p: Array, sigma: Array, r: Array) -> Array:
+        used = jnp.where((equal | (p > 0))[:, None], rows, 0)
+        if sides.size <= x.size:
+            inner = jnp.eye(sides.size, dtype=x.dtype) / sigma + used @ used.T
+            return r - used.T @ jax.scipy.linalg.solve(inner, used @ r, assume_a="pos")
+        return jax.scipy.linalg.solve(jnp.eye(x.size, dtype=x.dtype) + sigma * (used.T @ used), r, assume_a="pos")
 
-    def least_squares(used: Array) -> Array:
-        # unit rows for the columns that are not used make the matrix one of full rank
-        matrix = jnp.concatenate([jnp.where(used, E, 0), jnp.diag(jnp.where(used, 0, jnp.ones_like(f, shape=k)))])
-        q, r = jnp.linalg.qr(matrix)
-        right = q.T @ jnp.concatenate([f, jnp.zeros(k, f.dtype)])
-        return jnp.where(used, jax.scipy.linalg.solve_triangular(r, right), 0)
-
-    class Search(NamedTuple):
-        used: Array
-        u: Array
-        settled: Array  # u solves the least-squares problem of the columns used; else columns are still leaving
-        refused: Array  # columns that only rounding would let in
-        moves: Array
-        done: Array
-
-    def running(search: Search) -> Array:
-        return (search.moves < 3 * k + 20) & ~search.done
-
-    def body(search: Search) -> Search:
-        slope = jnp.where(search.used | search.refused | ~allowed, -jnp.inf, E.T @ (f - E @ search.u))
-        enters = (jnp.arange(k) == jnp.argmax(slope)) & search.settled
-        done = search.settled & ~(jnp.max(slope) > noise)
-        used = search.used | enters
-        target = least_squares(used)
-        refused = jnp.any(enters & ~(target > 0))
-        leaves = used & ~(target > 0)
-        ratio = jnp.where(leaves, search.u / jnp.where(leaves, search.u - target, 1), jnp.inf)
-        t = jnp.min(ratio)
-        settled = ~jnp.any(leaves)
-        u = jnp.where(settled, target, search.u + jnp.minimum(t, 1) * (target - search.u))
-        kept = used & ~(leaves & (ratio <= t))
-        stays = done | refused
-        return Search(
-            jnp.where(stays, search.used, kept),
-            jnp.where(stays, search.u, jnp.where(kept, u, 0)),
-            stays | settled,
-            jnp.where(refused, search.refused | enters, search.refused & ~settled),
-            search.moves + 1,
-            done,
-        )
-
-    none, no = jnp.zeros(k, bool), jnp.zeros((), bool)
-    if k == 0:
-        return none, ~no
-    search = jax.lax.while_loop(running, body, Search(none, jnp.zeros(k, E.dtype), ~no, none, jnp.zeros((), int), no))
-    return search.used, search.done
+    penalty = Penalty(lambda z: rows @ z, room, lambda u: rows.T @ u, project, solve)
+    point = proximal_point(jnp.zeros_like(x), jnp.zeros_like(sides), penalty)
+    return (point.p > 0)[b.size :] & ~idle[b.size :], x + unit * point.x, unit * norm([point.x])

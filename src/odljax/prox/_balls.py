@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .._types import Float, Inexact, PyTree
-from ._leafwise import fit, flatten, leafwise, norm, widened, widest
+from ._leafwise import fit, flatten, leafwise, length_and_direction, widened, widest
 from ._separable import _clip
 from ._simplex import floor, simplex_threshold
 
@@ -172,9 +172,8 @@ def l2_sphere(v: PyTree[ArrayLike], parameter: ArrayLike = 1.0, step_size: objec
     """
 
     def project(x: Array, radius: Array) -> Array:
-        length = norm([x])
-        zero = length == 0
-        return radius * jnp.where(zero, x.size**-0.5, x / jnp.where(zero, 1, length))
+        length, (direction,) = length_and_direction([x])
+        return radius * jnp.where(length == 0, x.size**-0.5, direction)
 
     _refuse_no_entries("prox.l2_sphere", v)
     return _whole("prox.l2_sphere", project, v, parameter)
@@ -210,11 +209,13 @@ def l2_ball(v: PyTree[ArrayLike], parameter: ArrayLike = 1.0, step_size: object 
     dtype = widest(*(jnp.finfo(own).dtype for own in dtypes))
     xs = [widened(leaf, dtype) for _, leaf in entries]
     radius = fit("prox.l2_ball", "the radius", parameter, dtype, ())
-    length = norm(xs) if xs else jnp.zeros((), dtype)
+    if not xs:
+        return v
+    length, directions = length_and_direction(xs)
     inside = length < radius
-    scale = jnp.where(inside, 1, radius) / jnp.where(inside | (length == 0), 1, length)
-    scaled = [(x * scale.astype(x.dtype)).astype(own) for x, own in zip(xs, dtypes, strict=True)]
-    return jax.tree.unflatten(structure, scaled)
+    held = jnp.where(inside, 0, radius)
+    ys = [jnp.where(inside, x, held.astype(x.dtype) * along) for x, along in zip(xs, directions, strict=True)]
+    return jax.tree.unflatten(structure, [y.astype(own) for y, own in zip(ys, dtypes, strict=True)])
 
 
 def _refuse_no_entries(who: str, v: PyTree) -> None:

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from .._types import Float, PyTree
 from ..derivatives._moving import moving
-from ._leafwise import flatten, leafwise, norm
+from ._leafwise import flatten, leafwise, length_and_direction
 from ._spectral import positive_part
 
 
@@ -40,10 +40,9 @@ def second_order_cone(
 
     def project(v: Array) -> Array:
         t, x = v[..., :1], v[..., 1:]
-        length = norm([x], axis=-1)
-        kept, gone, zero = length < t, length < -t, length == 0
-        ratio = jnp.where(zero, 0, t) / jnp.where(zero, 1, length)
-        edge = jnp.concatenate([t + length, (1 + ratio) * x], axis=-1) / 2
+        length, (direction,) = length_and_direction([x], axis=-1)
+        kept, gone = length < t, length < -t
+        edge = jnp.concatenate([t / 2 + length / 2, x / 2 + (t / 2) * direction], axis=-1)
         return jnp.where(kept, v, jnp.where(gone, 0, edge))
 
     return leafwise("prox.second_order_cone", project, v, rows=True)

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from .._tree import power_of_two
 from .._types import PyTree
 
 ARRAYS = get_args(ArrayLike)  # as a tuple: a tracer is an instance of a member, not of the union
@@ -72,7 +73,10 @@ def fit(who: str, name: str, value: Any, dtype: Any, shape: tuple[int, ...], *, 
         raise ValueError(
             f"{who} needs {name} >= 0; it is {value}; a negative one defines no proximal operator: pass >= 0."
         )
+    static = isinstance(value, STATIC)
     value = jnp.asarray(value, dtype)
+    if not (signed or static):
+        value = jnp.where(value < 0, jnp.nan, value)  # no proximal operator either, but known too late to raise
     try:
         fits = np.broadcast_shapes(value.shape, shape) == shape
     except ValueError:
@@ -106,29 +110,74 @@ def widest(*dtypes: Any) -> Any:
 
 
 def norm(xs: Sequence[Array], axis: int | None = None) -> Array:
-    """Return the Euclidean norm over xs (along axis, kept): derivative 0 at 0, no overflow where the norm has none."""
+    """Return the Euclidean norm over xs (along axis, kept), in any unit: derivative 0 at 0."""
+    return length_and_direction(xs, axis)[0]
+
+
+def length_and_direction(xs: Sequence[Array], axis: int | None = None) -> tuple[Array, list[Array]]:
+    """Return the Euclidean norm over xs (along axis, kept) and xs divided by it, in any unit: 0, derivative 0, at 0."""
     keep = axis is not None
-    held = jax.lax.stop_gradient(xs)  # the norm does not depend on the unit in which it is computed: no derivative
-    peaks = [jnp.max(jnp.abs(x), axis=axis, keepdims=keep, initial=0) for x in held]
-    peak = functools.reduce(jnp.maximum, peaks)
-    unit = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
-    square = sum(jnp.sum(_squared_modulus(x / unit.astype(x.dtype)), axis=axis, keepdims=keep) for x in xs)
+    peaks = [jnp.max(jnp.abs(x), axis=axis, keepdims=keep, initial=0) for x in jax.lax.stop_gradient(xs)]
+    unit = power_of_two(functools.reduce(jnp.maximum, peaks))  # neither result depends on it: no derivative
+    scaled = [x * (1 / unit).astype(x.dtype) for x in xs]
+    square = sum(jnp.sum(_squared_modulus(x), axis=axis, keepdims=keep) for x in scaled)
     zero = square == 0
-    return unit * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
+    length = jnp.sqrt(jnp.where(zero, 1, square))
+    directions = [jnp.where(zero, 0, x / length.astype(x.dtype)) for x in scaled]
+    return unit * jnp.where(zero, 0, length), directions
 
 
-def shrink_length(x: Array, length: Array, threshold: Array) -> Array:
+def shrink_length(x: Array, length: Array, direction: Array, threshold: Array) -> Array:
     """Return x with its length shortened by threshold, 0 where it is shorter; at length 0 = threshold it is x."""
     gone = length < threshold
-    ratio = jnp.where(gone, 1, threshold) / jnp.where(gone | (length == 0), 1, length)
-    return x * (1 - ratio).astype(x.dtype)
+    return jnp.where(gone, 0, x - jnp.where(gone, 0, threshold).astype(x.dtype) * direction)
 
 
 def modulus(x: Array) -> Array:
     """Return |x| entry by entry: derivative 0 at 0, and no overflow, for complex numbers too."""
-    if not jnp.iscomplexobj(x):
-        return jnp.abs(x)
-    return norm([x[..., None]], axis=-1)[..., 0]
+    return phase(x)[0] if jnp.iscomplexobj(x) else jnp.abs(x)
+
+
+def phase(x: Array) -> tuple[Array, Array]:
+    """Return |x| and x / |x| entry by entry, of complex numbers in any unit: 0, derivative 0, at 0."""
+    length, (direction,) = length_and_direction([x[..., None]], axis=-1)
+    return length[..., 0], direction[..., 0]
+
+
+def nan_unless(sound: Array, y: Array, *inputs: Array) -> Array:
+    """Return y [..., n], and NaN with a NaN for the derivative in every input in rows that are not sound [...].
+
+    A cotangent that is zero goes back as zero, so that such rows can be masked.
+    """
+    total = sum((jnp.sum(x) for x in inputs), jnp.zeros((), y.dtype))
+    lost = _lost().bind(jnp.broadcast_to(total, y.shape), jnp.broadcast_to(sound, y.shape))
+    return jnp.where(sound, y, lost)
+
+
+@functools.cache
+def _lost() -> Any:
+    from jax.extend.core import Primitive  # costs 30 ms, so not on import
+    from jax.interpreters import ad, batching, mlir
+
+    def lost(x: Array, sound: Array) -> Array:
+        return jnp.where(sound, x, jnp.nan)
+
+    def differentiate(primals: Any, tangents: Any) -> Any:
+        moved = tangents[0]
+        return primitive.bind(*primals), moved if type(moved) is ad.Zero else primitive.bind(moved, primals[1])
+
+    def transpose(cotangent: Any, x: Any, sound: Any) -> Any:
+        still = type(cotangent) is ad.Zero
+        return [cotangent if still else jnp.where(sound | (cotangent == 0), cotangent, jnp.nan), None]
+
+    primitive = Primitive("odljax_lost")
+    primitive.def_impl(jax.jit(lost))
+    primitive.def_abstract_eval(lambda x, sound: x.update(weak_type=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(lost, multiple_results=False))
+    batching.defbroadcasting(primitive)
+    ad.primitive_jvps[primitive] = differentiate
+    ad.primitive_transposes[primitive] = transpose
+    return primitive
 
 
 def _squared_modulus(x: Array) -> Array:

@@ -39,9 +39,7 @@ def l0(
         >>> prox.l0(jnp.array([3.0, -1.0]), 1.0).tolist()
         [3.0, 0.0]
     """
-    return leafwise(
-        "prox.l0", lambda x, lam, step: _keep(x, jnp.sqrt(2 * step * lam)), v, lam=parameter, step_size=step_size
-    )
+    return leafwise("prox.l0", _keep, v, lam=parameter, step_size=step_size)
 
 
 def lq(
@@ -181,7 +179,8 @@ def top_k(v: PyTree[ArrayLike], parameter: Any, step_size: object = 1.0) -> PyTr
     return leafwise("prox.top_k", keep, v, rows=True)
 
 
-def _keep(x: Array, bound: Array) -> Array:
+def _keep(x: Array, lam: Array, step: Array) -> Array:
+    bound = jnp.sqrt(2 * jax.lax.stop_gradient(step * lam))  # t moves the jump only
     return jnp.where(jnp.abs(x) < bound, 0, jnp.where(jnp.isnan(bound), bound, x))
 
 

@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .._types import Float, Inexact, PyTree
-from ._leafwise import STATIC, leafwise, modulus, pair, shrink_length, spread
+from ._leafwise import STATIC, leafwise, modulus, pair, phase, shrink_length, spread
 
 
 def identity(v: PyTree[ArrayLike], parameter: object = None, step_size: object = 1.0) -> PyTree[Inexact[Array, "..."]]:
@@ -179,8 +179,19 @@ def elastic_net(
     Example:
         >>> import jax.numpy as jnp
         >>> from odljax import prox
-        >>> prox.elastic_net(jnp.array([3.0, -0.5]), (1.0, 3.0)).tolist()
+        >>> v = jnp.array([3.0, -0.5])
+        >>> prox.elastic_net(v, (1.0, 3.0)).tolist()
         [0.5, 0.0]
+
+        scikit-learn writes alpha l1_ratio |x|_1 + alpha (1 - l1_ratio) / 2 |x|^2: lam = alpha l1_ratio and gamma =
+        (1 - l1_ratio) / l1_ratio. Here alpha = 2, l1_ratio = 0.5; at l1_ratio = 0, where gamma has no value, it is
+        `ridge`. Two steps, the l1 norm first, take any ratio, 0 included:
+
+        >>> prox.elastic_net(v, (2.0 * 0.5, (1 - 0.5) / 0.5)).tolist()
+        [1.0, 0.0]
+        >>> alpha, l1_ratio, step = 2.0, 0.0, 0.5
+        >>> prox.ridge(prox.l1(v, alpha * l1_ratio, step), alpha * (1 - l1_ratio), step).tolist()
+        [1.5, -0.25]
     """
     lam, gamma = pair("prox.elastic_net", "(lam, gamma)", parameter)
     coefficients = {"lam": lam, "gamma": gamma, "step_size": step_size}
@@ -280,7 +291,7 @@ def huber(
         [0.5, -4.0]
     """
     lam, delta = pair("prox.huber", "(lam, delta)", parameter)
-    return leafwise("prox.huber", _huber, v, lam=lam, delta=delta, step_size=step_size)
+    return leafwise("prox.huber", _huber, v, or_complex=True, lam=lam, delta=delta, step_size=step_size)
 
 
 def log_barrier(
@@ -318,8 +329,10 @@ def _shrink_above(x: Array, lam: Array, step: Array) -> Array:
 
 def _huber(x: Array, lam: Array, delta: Array, step: Array) -> Array:
     t = step * lam
-    inside = jnp.abs(x) < (1 + t) * delta
-    return jnp.where(inside, x / (1 + t), x - jnp.sign(x) * t * jnp.where(inside, 0, delta))  # delta may be inf
+    inside = modulus(x) < (1 + t) * delta
+    sign = phase(x)[1] if jnp.iscomplexobj(x) else jnp.sign(x)
+    pull = (t * jnp.where(inside, 0, delta)).astype(x.dtype)  # delta may be inf
+    return jnp.where(inside, x / (1 + t).astype(x.dtype), x - sign * pull)
 
 
 def _barrier(x: Array, lam: Array, step: Array) -> Array:
@@ -337,7 +350,7 @@ def _barrier(x: Array, lam: Array, step: Array) -> Array:
 def _shrink(x: Array, threshold: Array) -> Array:
     # `<` and this order of the branches: a NaN in either argument comes out, and threshold 0 has derivative 1 even at 0
     if jnp.iscomplexobj(x):
-        return shrink_length(x, modulus(x), threshold)
+        return shrink_length(x, *phase(x), threshold)
     return jnp.where(jnp.abs(x) < threshold, 0, x - jnp.sign(x) * threshold)
 
 
