@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from .. import _tree
 from .._checks import coefficient, count, number
 from .._types import Coefficient, Scalar, State, Step, Theta, X
 from ..operators import Operator
-from ._iteration import Iteration, iteration_of
+from ._iteration import Iteration, iteration_of, restart_by
 
 
 class Guard(NamedTuple):
@@ -41,12 +42,24 @@ def guarded(safeguard: Scalar | None, guard: Any, change: Any, fast: X, plain: X
     return _tree.where(worse, guard.plain, fast), Guard(plain, size, ~worse)
 
 
+def unit(x: object, *lengths: Array) -> Array:
+    """A power of two of the size of the greatest length, but not below the rounding of x; without a derivative."""
+    rounding = 10 * jnp.finfo(_tree.accumulation_dtype(x)).eps * _tree.norm(x)
+    return _tree.power_of_two(jax.lax.stop_gradient(functools.reduce(jnp.maximum, lengths, rounding)))
+
+
+def per_unit(x: X, unit: Array) -> X:
+    """``x / unit`` for a power of two, in the dtypes of x."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), _tree.unscaled(x, unit), x)
+
+
 class AndersonState(NamedTuple):
-    """The last iterates, their steps, the Gram matrix of the steps (type II), the state of the iteration below, and
-    that of the safeguard, if there is one."""
+    """The last iterates, their steps with the unit of each, the Gram matrix of the steps in these units (type II), the
+    state of the iteration below, and that of the safeguard, if there is one."""
 
     iterates: object
     steps: object
+    units: Array
     gram: Array | tuple[()]
     inner: State
     guard: Guard | tuple[()]
@@ -79,14 +92,18 @@ def anderson(
     and the more daring of the two. Far from the solution of a non-smooth problem either may cycle or leave the basin:
     set ``safeguard``, over a step that is averaged (``krasnoselskii_mann`` makes it so).
 
-    The regularisation has an absolute floor, ten rounding units of x squared, so that value and derivative stay finite
-    once the iteration has converged and all steps are zero. Below that floor the weights are ratios of rounding errors:
+    The regularisation has a floor, ten rounding units of x squared, so that value and derivative stay finite once the
+    iteration has converged and all steps are zero. Below that floor the weights are ratios of rounding errors:
     ``implicit`` is the derivative of choice, ``unrolled`` is exact as long as the steps were above it, and
-    ``truncated`` at the solution is not accurate.
+    ``truncated`` at the solution is not accurate. Units do not matter: every number here is relative.
+
+    What is accelerated is a map of x. An iteration that remembers earlier iterates (momentum) forgets them after
+    each step, since they are not those it would have walked through: of ``heavy_ball`` the plain step is accelerated.
+    Where the lengths of the steps come from such a memory (Adam), it is refused.
 
     Args:
         iteration: an iteration, an operator, or a function ``(x, theta) -> x``.
-        memory: how many steps are combined, at least 1 (which changes nothing); 3 to 10 is usual.
+        memory: how many steps are combined, at least 1 (the relaxed step); 3 to 10 is usual.
         kind: the type, 1 or 2.
         mixing: :math:`\beta_k` in (0, 2), a number, a schedule of k or a function of theta.
         regularization: :math:`\lambda` relative to the largest entry of its matrix (II: the largest step squared);
@@ -122,22 +139,27 @@ def anderson(
 
     def init(x: X, theta: Theta) -> AndersonState:
         empty = jax.tree.map(lambda leaf: jnp.zeros((memory, *leaf.shape), leaf.dtype), x)
-        gram = jnp.zeros((memory, memory), _tree.accumulation_dtype(x)) if kind == 2 else ()
-        return AndersonState(empty, empty, gram, iteration.init(x, theta), start_guard(x, safeguard))
+        units = jnp.zeros(memory, _tree.accumulation_dtype(x))
+        gram = jnp.zeros((memory, memory), units.dtype) if kind == 2 else ()
+        return AndersonState(empty, empty, units, gram, iteration.init(x, theta), start_guard(x, safeguard))
 
     def step(x: X, state: AndersonState, theta: Theta, k: Step) -> tuple[X, AndersonState]:
         target, inner = iteration.step(x, state.inner, theta, k)
         change = _tree.subtract(target, x)
         slot = k % memory
         iterates, steps = _store(state.iterates, x, slot), _store(state.steps, change, slot)
-        filled, size = jnp.arange(memory, dtype=k.dtype) <= k, _tree.vdot(x, x)
+        filled, length = jnp.arange(memory, dtype=k.dtype) <= k, _tree.norm(change)
+        own = unit(x, length)
+        units = state.units.at[slot].set(jnp.where(length + _tree.norm(x) > 0, own, 0))  # 0: rest in the origin
         if isinstance(state.gram, Array):
-            row = jax.vmap(lambda past: _tree.vdot(past, change))(steps)
+            now = _tree.unscaled(change, own)
+            others = jnp.where(units > 0, units, jnp.ones_like(units))
+            row = jax.vmap(lambda past, unit: _tree.vdot(_tree.unscaled(past, unit), now))(steps, others)
             gram = state.gram.at[slot, :].set(row).at[:, slot].set(row)
-            weights = _weights(gram, filled, size, regularization)
+            weights = _weights(gram, units, filled, x, regularization)
         else:
             gram = ()
-            weights = _oblique_weights(iterates, steps, x, change, filled, slot, size, regularization)
+            weights = _oblique_weights(iterates, steps, x, change, filled, slot, regularization)
         beta = mix(theta, k)
 
         def mixed(past: Array, moves: Array) -> Array:
@@ -145,9 +167,11 @@ def anderson(
 
         fast = combine(weights, jax.tree.map(mixed, iterates, steps))
         new, guard = guarded(safeguard, state.guard, change, fast, target)
-        return new, AndersonState(iterates, steps, gram, inner, guard)
+        return new, AndersonState(iterates, steps, units, gram, iteration.forget(new, inner, theta), guard)
 
-    return dataclasses.replace(iteration, init=init, step=step, name=f"anderson({iteration.name})")
+    return dataclasses.replace(
+        iteration, init=init, step=step, restart=restart_by(init), name=f"anderson({iteration.name})"
+    )
 
 
 def _store(history: object, x: object, slot: Array) -> object:
@@ -163,49 +187,49 @@ def combine(weights: Array, stack: X) -> X:
     return jax.tree.map(one, stack)
 
 
-def _floors(x_squared: Array) -> tuple[Array, Array]:
-    """Ten rounding units, and the least squared step that is more than rounding of x."""
-    info = jnp.finfo(x_squared.dtype)
-    # The absolute part is for rest at x = 0; its inverse, which the derivative multiplies by zero, must not overflow.
-    return jnp.asarray(10 * info.eps, x_squared.dtype), (10 * info.eps) ** 2 * x_squared + info.tiny**0.4
+def _rounding(x: object, unit: Array) -> tuple[Array, Array]:
+    """Ten rounding units, and the squared rounding of x in that unit: what no step is below."""
+    eps = jnp.asarray(10 * jnp.finfo(unit.dtype).eps, unit.dtype)
+    return eps, (eps * (_tree.norm(x) / unit)) ** 2
 
 
 def _oblique_weights(
-    iterates: Any,
-    steps: Any,
-    x: Any,
-    change: Any,
-    filled: Array,
-    slot: Array,
-    size: Array,
-    regularization: Scalar,
+    iterates: Any, steps: Any, x: Any, change: Any, filled: Array, slot: Array, regularization: Scalar
 ) -> Array:
     """The weights of type I, from differences to the current iterate: no digits are lost as they shrink."""
-    moves = jax.tree.map(lambda past, now: past - now[None], iterates, x)
-    falls = jax.tree.map(lambda past, now: now[None] - past, steps, change)
+    others = filled & (jnp.arange(len(filled), dtype=slot.dtype) != slot)
+
+    def away(past: Array, now: Array) -> Array:
+        difference = past - now[None]
+        return jnp.where(jnp.expand_dims(others, tuple(range(1, past.ndim))), difference, jnp.zeros_like(difference))
+
+    moves, falls = jax.tree.map(away, iterates, x), _tree.negative(jax.tree.map(away, steps, change))
+    one = unit(x, _tree.norm(moves), _tree.norm(falls), _tree.norm(change))
+    moves, falls, change = (_tree.unscaled(tree, one) for tree in (moves, falls, change))
     each = lambda f, stack: jax.vmap(f)(stack)  # noqa: E731
     cross = each(lambda move: each(lambda fall: _tree.vdot(move, fall), falls), moves)
     right = each(lambda move: _tree.vdot(move, change), moves)
-    others = filled & (jnp.arange(len(filled), dtype=slot.dtype) != slot)
-    eps, floor = _floors(size)
-    used = jnp.where(others[:, None] & others[None, :], cross, jnp.zeros_like(cross))
-    largest = jnp.max(jnp.abs(used))
+    eps, floor = _rounding(x, one)
+    largest = jnp.max(jnp.abs(cross))
     ridge = jnp.maximum(jnp.asarray(regularization).astype(cross.dtype), eps)
-    identity = jnp.eye(len(filled), dtype=cross.dtype)
-    own = jnp.where(others, ridge * largest + floor, largest + floor)
-    right = jnp.where(others, right, jnp.zeros_like(right)) / (largest + floor)
-    past = jnp.linalg.solve((used + own[:, None] * identity) / (largest + floor), right)
+    total = largest + floor
+    total = jnp.where(total == 0, jnp.ones_like(total), total)  # at rest in the origin
+    own = jnp.where(others & (largest + floor != 0), ridge * largest + floor, total)
+    past = jnp.linalg.solve((cross + own[:, None] * jnp.eye(len(filled), dtype=cross.dtype)) / total, right / total)
     return past.at[slot].set(1 - jnp.sum(past))
 
 
-def _weights(gram: Array, filled: Array, size: Array, regularization: Scalar) -> Array:
-    """The weights, summing to one over the filled slots."""
-    eps, floor = _floors(size)
+def _weights(gram: Array, units: Array, filled: Array, x: object, regularization: Scalar) -> Array:
+    """The weights, summing to one over the filled slots, of a Gram matrix whose rows are in these units."""
+    one = _tree.power_of_two(jnp.max(units))
+    eps, floor = _rounding(x, one)
     ridge = jnp.maximum(jnp.asarray(regularization).astype(gram.dtype), eps)
     pair = filled[:, None] & filled[None, :]
-    identity = jnp.eye(len(filled), dtype=gram.dtype)
-    used = jnp.where(pair, gram, jnp.zeros_like(gram))
+    shares = units / one
+    used = jnp.where(pair, gram * shares[:, None] * shares[None, :], jnp.zeros_like(gram))
     largest = jnp.max(used)
-    system = jnp.where(pair, (used + (ridge * largest + floor) * identity) / (largest + floor), identity)
-    raw = jnp.linalg.solve(system, filled.astype(gram.dtype))
+    total, own = largest + floor, ridge * largest + floor
+    total, own = (jnp.where(largest + floor == 0, jnp.ones_like(part), part) for part in (total, own))  # as above
+    identity = jnp.eye(len(filled), dtype=gram.dtype)
+    raw = jnp.linalg.solve(jnp.where(pair, (used + own * identity) / total, identity), filled.astype(gram.dtype))
     return raw / jnp.sum(raw)

@@ -16,7 +16,7 @@ from .._types import State, Step, Theta, X
 from ..operators import Operator
 from ..operators._gradient import Objective
 from ..operators._operator import residual
-from ._iteration import Iteration, iteration_of
+from ._iteration import Iteration, iteration_of, restart_by
 
 
 class BestState(NamedTuple):
@@ -89,4 +89,5 @@ def best_so_far(
         better = (value < state.least) | ~jnp.isfinite(state.least)
         return _tree.where(better, walk, x), BestState(walk, inner, jnp.where(better, value, state.least))
 
-    return dataclasses.replace(iteration, init=init, step=step, name=f"best_so_far({iteration.name})")
+    name = f"best_so_far({iteration.name})"
+    return dataclasses.replace(iteration, init=init, step=step, restart=restart_by(init), name=name)

@@ -67,4 +67,7 @@ def halpern(
         target, inner = iteration.step(x, state.inner, theta, k)
         return _tree.interpolate(target, state.anchor, weight_at(theta, k)), HalpernState(state.anchor, inner)
 
-    return dataclasses.replace(iteration, init=init, step=step, name=f"halpern({iteration.name})")
+    def restart(x: X, state: HalpernState, theta: Theta) -> HalpernState:
+        return HalpernState(state.anchor, iteration.forget(x, state.inner, theta))
+
+    return dataclasses.replace(iteration, init=init, step=step, restart=restart, name=f"halpern({iteration.name})")

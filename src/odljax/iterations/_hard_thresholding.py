@@ -13,6 +13,7 @@ from .._checks import coefficient_of_theta, count, is_callable
 from .._types import Coefficient, State, Step
 from ..operators import hard_thresholding
 from ..operators._gradient import Objective, value_and_gradient
+from ._anderson import per_unit
 from ._iteration import Iteration, stateless
 
 
@@ -82,13 +83,16 @@ def accelerated_hard_thresholding(
         # At x = 0 the entries with the largest gradients stand in for a support.
         stand_in = _support.largest(slope, num_nonzeros, rows=rows)
         along = _support.keep(slope, _tree.where(_any(nonzero), nonzero, stand_in))
+        along = per_unit(along, _tree.magnitude(along))
         safe = jnp.asarray(safe_step(theta)).astype(_tree.accumulation_dtype(x))
         mu = _ratio(_tree.vdot(along, along), _tree.vdot(along, bend(along)), safe)
         tried, mask = select(mu)
         change = _tree.subtract(tried, x)
         new_slope, new_value = slope_of(tried)
-        curvature = _tree.vdot(_tree.subtract(new_slope, slope), change)
-        bounded = mu * curvature <= 0.99 * _tree.vdot(change, change)
+        unit = _tree.magnitude(change)
+        ahead = per_unit(change, unit)
+        curvature = _tree.vdot(_tree.subtract(new_slope, slope), ahead)
+        bounded = mu * curvature <= 0.99 * unit * _tree.vdot(ahead, ahead)
         rounding = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
         entered = _any(jax.tree.map(lambda after, before: after & ~before, mask, nonzero))
         safely, safe_mask = select(safe)
@@ -100,6 +104,8 @@ def accelerated_hard_thresholding(
         """Conjugate gradients on the support, kept where they do not raise the objective."""
         slope, bend = jax.linearize(lambda x: value_and_gradient(who, objective, x, theta)[1], x)
         rest = _support.keep(_tree.negative(slope), mask)
+        unit = _tree.magnitude(rest)
+        rest = per_unit(rest, unit)
         zero = jnp.zeros((), _tree.accumulation_dtype(x))
 
         def improve(carry: Any, _: None) -> Any:
@@ -112,7 +118,7 @@ def accelerated_hard_thresholding(
 
         start = (_tree.zeros_like(x), rest, rest, _tree.vdot(rest, rest))
         (d, *_), _ = jax.lax.scan(improve, start, length=num_refinements)
-        better = _tree.add(x, d)
+        better = _tree.add_scaled(x, unit, d)
         return _tree.where(objective(better, theta) <= objective(x, theta), better, x)
 
     return Iteration(stateless, step, operator, who)

@@ -7,6 +7,7 @@ from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .. import _tree
@@ -29,6 +30,8 @@ class Iteration(Generic[X, Theta]):
         operator: whose fixed point the iterates approach; None: there is none, and ``implicit`` is refused.
         name: what messages call it; transforms compose it.
         num_layers: for untied layers, the number of steps that a theta holds; None: any number of steps.
+        restart: ``(x, state, theta) -> state``, the state after x has jumped elsewhere: earlier iterates are forgotten
+            (momentum), what was tuned is kept (a step length). None: the state remembers no iterates.
 
     Example:
         >>> import odljax as odl
@@ -41,6 +44,16 @@ class Iteration(Generic[X, Theta]):
     operator: Operator[X, Theta] | None
     name: str
     num_layers: Callable[[Theta], int] | None = None
+    restart: Callable[[X, State, Theta], State] | None = None
+
+    def forget(self, x: X, state: State, theta: Theta) -> State:
+        """The state at an x that these steps did not lead to."""
+        return state if self.restart is None else self.restart(x, state, theta)
+
+
+def restart_by(init: Callable[[X, Theta], State]) -> Callable[[X, State, Theta], State]:
+    """A restart that keeps nothing."""
+    return lambda x, state, theta: init(x, theta)
 
 
 class MeasuredStep:
@@ -212,16 +225,24 @@ def proximal_gradient(objective: Objective, prox: Prox, step_size: Coefficient) 
 def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Iteration:
     r"""Returns the iteration of any optax optimiser on f.
 
-    When: Adam, L-BFGS, a schedule, clipping or a line search in the inner problem. Line searches, and so L-BFGS, loop
-    inside optax and have no reverse mode: use ``implicit``. The operator is the unit gradient
-    step :math:`x - \nabla_x f`: the same stationary points, so the implicit derivative does not depend on ``tx``.
+    When: Adam, L-BFGS, a schedule, clipping or a line search in the inner problem. The operator is the unit gradient
+    step :math:`x - \nabla_x f`, so residual, status and implicit derivative are those of the stationary points of f,
+    whatever ``tx``. A ``tx`` that moves x where the gradient is zero (``adamw``, ``lion`` and others that decay weights
+    by default, constraints, noise) ends elsewhere: where its first update shows that, there is no operator, and
+    ``implicit`` and ``until_converged`` are refused. Put the penalty into f, the constraint into ``project``.
+
+    Through the steps: Adam and its kin take the root of a running square, whose slope at a gradient of exactly zero (a
+    weight that nothing depends on) is infinite, and the derivative NaN: give them ``eps_root``, as in
+    ``optax.adam(1e-2, eps_root=1e-16)``. Line searches, and so L-BFGS with its default, loop inside optax until
+    rounding decides, and what JAX makes of that is wrong: refused, ``implicit`` is the derivative there.
 
     Args:
         objective: f, ``(x, theta) -> scalar``.
         tx: an optax gradient transformation; those that need ``value``, ``grad`` or ``value_fn`` get them.
 
     Raises:
-        TypeError: ``tx`` is no gradient transformation; at trace time, an objective that is not a real scalar.
+        TypeError: ``tx`` is no gradient transformation; at trace time, an objective that is not a real scalar; a
+            derivative through the steps of a line search.
 
     Cost: one gradient a step and the state of ``tx``.
 
@@ -243,9 +264,74 @@ def from_optax(objective: Objective, tx: optax.GradientTransformation) -> Iterat
         updates, state = extended.update(
             slope, state, x, value=value, grad=slope, value_fn=lambda x: objective(x, theta)
         )
+        if _holds(state, _SEARCHES):
+            updates, state = _without_derivative((updates, state))
         return optax.apply_updates(x, updates), state, (Residual(slope),)
 
-    return Iteration(lambda x, theta: extended.init(x), MeasuredStep(step), gradient(objective, 1.0), "from_optax")
+    def init(x: Any, theta: Any) -> State:
+        return extended.init(x)
+
+    def restart(x: Any, state: State, theta: Any) -> State:
+        """Moments and differences anew; what counts steps, such as a schedule, goes on."""
+        if _holds(state, _LENGTHS):
+            raise TypeError(
+                "from_optax: an acceleration (anderson, broyden, squarem) needs steps that are a map of x; those of "
+                "Adam and its kin get their lengths from what they remember. Accelerate gradient_descent, or do not."
+            )
+        inexact = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)  # noqa: E731
+        return jax.tree.map(lambda old, new: new if inexact(old) else old, state, init(x, theta))
+
+    if _moves_at_rest(extended):
+        why = "from_optax (whose tx moves x where the gradient is zero: decayed weights, a constraint)"
+        return Iteration(init, lambda *inputs: step(*inputs)[:2], None, why, restart=restart)
+    return Iteration(init, MeasuredStep(step), gradient(objective, 1.0), "from_optax", restart=restart)
+
+
+_SEARCHES = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
+_LENGTHS = (optax.ScaleByAdamState, optax.ScaleByAdaDeltaState, optax.ScaleByBeliefState, optax.ScaleByLionState)
+_LENGTHS += (optax.ScaleByRmsState, optax.ScaleByRStdDevState, optax.ScaleByRssState)
+
+
+def _holds(state: State, kinds: tuple[type, ...]) -> bool:
+    """Whether the state of an optax transformation holds one of these."""
+    found = lambda node: isinstance(node, kinds)  # noqa: E731
+    return any(map(found, jax.tree.leaves(state, is_leaf=found)))
+
+
+@jax.custom_jvp
+def _without_derivative(updates: Any) -> Any:
+    """What a line search of optax found: its loop ends by rounding, and what JAX makes of its derivative is wrong."""
+    return updates
+
+
+@_without_derivative.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "from_optax: the line search in tx has no derivative through its steps (it loops until rounding decides). "
+        "Differentiate the solution, implicit(solver), or take a tx without one, such as optax.lbfgs(0.5, "
+        "linesearch=None), or odl.line_search around this iteration."
+    )
+
+
+def _moves_at_rest(tx: optax.GradientTransformationExtraArgs) -> bool:
+    """Whether the first update of two parameters, one of each sign, is not zero where their gradient is."""
+    from jax.interpreters import partial_eval  # its import costs more than ours
+
+    zeros, at, zero = np.zeros(2, np.float32), np.array([-1, 1], np.float32), np.zeros((), np.float32)
+
+    def first_update(x: Any) -> Any:
+        state = tx.init(x)
+        if _holds(state, _SEARCHES):
+            return jnp.zeros_like(x)
+        return tx.update(jnp.asarray(zeros), state, x, value=zero, grad=jnp.asarray(zeros), value_fn=lambda x: zero)[0]
+
+    try:
+        if not any(partial_eval.dce_jaxpr(jax.make_jaxpr(first_update)(at).jaxpr, [True])[1]):  # does not look at x
+            return False
+        with jax.ensure_compile_time_eval():
+            return bool(np.any(np.asarray(jax.jit(first_update)(at))))
+    except Exception:  # masks and labels of another tree, traced settings: not known
+        return False
 
 
 def layered(T: Operator | Callable[[Any, Any], Any]) -> Iteration:

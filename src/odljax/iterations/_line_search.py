@@ -43,7 +43,8 @@ def line_search(
     on a quadratic and keeps its digits: the search works down to rounding, in float32, too.
 
     When: the right step size is unknown or changes: gradient steps of any size, Newton and Gauss-Newton steps, the
-    directions of an optax optimiser. The step must descend; where no length does, x stays.
+    directions of an optax optimiser. A step that climbs is searched backwards (Newton's where the Hessian is not
+    positive definite does); where no length descends, x stays, and ``until_converged`` ends STALLED.
 
     The derivative through the steps takes :math:`t_k` as a constant. For "armijo" it is one, piecewise; for
     "hager_zhang" a term proportional to the step is left out, which vanishes at the solution but not before.
@@ -90,15 +91,14 @@ def line_search(
         target, state = iteration.step(x, state, theta, k)
         direction = _tree.subtract(target, x)
 
-        def line(t: Array) -> tuple[Array, Array]:
-            along = lambda t: scalar(  # noqa: E731
-                "line_search", "the objective", objective(_tree.add_scaled(x, t, direction), theta)
-            )
-            return jax.jvp(along, (t,), (jnp.ones_like(t),))
+        unit = _tree.magnitude(direction)
 
-        size = _tree.vdot(direction, direction)
-        rest = size <= (10 * jnp.finfo(size.dtype).eps) ** 2 * _tree.vdot(x, x)
-        search = lambda line: _search(line, jnp.zeros_like(size), next_trial, decrease, flattest, max_trials)  # noqa: E731
+        def line(t: Array) -> tuple[Array, Array]:
+            return value_and_slope("line_search", objective, _tree.add_scaled(x, t, direction), theta, direction, unit)
+
+        size = _tree.norm(direction)
+        rest = size <= 10 * jnp.finfo(size.dtype).eps * _tree.norm(x)
+        search = lambda line: _search(line, unit, next_trial, decrease, flattest, max_trials)  # noqa: E731
         t = _constant(search, line, jnp.zeros_like(size))
         t = jnp.where(jax.lax.stop_gradient(rest), jnp.ones_like(t), t)
         return _tree.add_scaled(x, t, direction), state
@@ -114,9 +114,19 @@ def _constant(search: Callable[[Any], Array], line: Callable[[Array], Any], exam
     return jax.lax.stop_gradient(search(lambda t: converted(t, *captured)))
 
 
+def value_and_slope(
+    who: str, objective: Objective, x: Any, theta: Any, direction: Any, unit: Array
+) -> tuple[Array, Array]:
+    """The objective and its slope along ``direction / unit``, of the size of a gradient: nothing is squared."""
+    value = lambda x: scalar(who, "the objective", objective(x, theta))  # noqa: E731
+    along = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), _tree.unscaled(direction, unit), x)
+    return jax.jvp(value, (x,), (along,))
+
+
 def _close(a: Array, b: Array) -> Array:
-    """Whether two values of the objective agree to half their digits: then slopes tell more than their difference."""
-    return jnp.abs(a - b) <= float(jnp.finfo(b.dtype).eps) ** 0.5 * jnp.abs(b)
+    """Whether slopes tell more than the difference of two values of the objective: these agree to half their digits, or
+    the one at x, b, overflows."""
+    return (jnp.abs(a - b) <= float(jnp.finfo(b.dtype).eps) ** 0.5 * jnp.abs(b)) | jnp.isinf(b)
 
 
 class Bracket(NamedTuple):
@@ -131,14 +141,17 @@ class Bracket(NamedTuple):
 
 def _search(
     line: Line,
-    zero: Array,
+    unit: Array,
     next_trial: Callable[..., Bracket],
     decrease: float,
     flattest: float | None,
     max_trials: int,
 ) -> Array:
-    """The first trial that meets the conditions; zero if none does."""
+    """The first trial that meets the conditions; zero if none does. Slopes are those along the direction per unit."""
+    zero, one = jnp.zeros_like(unit), jnp.ones_like(unit)
     value, slope = line(zero)
+    forwards = jnp.where(slope > 0, -one, one)  # what climbs is searched backwards
+    slope = forwards.astype(slope.dtype) * slope
 
     def running(carry: Any) -> Array:
         _, found, trials = carry
@@ -147,11 +160,11 @@ def _search(
     def body(carry: Any) -> Any:
         bracket, _, trials = carry
         t = bracket.trial
-        new_value, new_slope = line(t)
+        new_value, new_slope = line(forwards * t)
+        new_slope = forwards.astype(slope.dtype) * new_slope
         near = _close(new_value, value)
-        low = jnp.where(
-            near, new_slope <= (2 * decrease - 1) * slope, new_value <= value + decrease * t.astype(value.dtype) * slope
-        )
+        fall = decrease * t.astype(value.dtype) * slope * unit.astype(value.dtype)
+        low = jnp.where(near, new_slope <= (2 * decrease - 1) * slope, new_value <= value + fall)
         steep = new_slope >= flattest * slope if flattest is not None else True
         found = low & steep
         # What is too high, or no number, is too long, whatever its slope says.
@@ -159,11 +172,10 @@ def _search(
         after = next_trial(bracket, further, new_slope.astype(t.dtype))
         return after._replace(trial=jnp.where(found, t, after.trial)), found, trials + 1
 
-    one = jnp.ones_like(zero)
     start = Bracket(zero, slope.astype(zero.dtype), jnp.full_like(zero, jnp.inf), zero, one)
     carry = (start, jnp.zeros((), bool), jnp.where(slope < 0, 0, max_trials))
     bracket, found, _ = jax.lax.while_loop(running, body, carry)
-    return jnp.where(found, bracket.trial, jnp.where(jnp.isnan(value), jnp.nan, 0).astype(zero.dtype))
+    return jnp.where(found, forwards * bracket.trial, jnp.where(jnp.isnan(value), jnp.nan, 0).astype(zero.dtype))
 
 
 def _shrinking(factor: float) -> Callable[..., Bracket]:
@@ -185,7 +197,7 @@ def _bracketing(bracket: Bracket, further: Array, slope: Array) -> Bracket:
 
 
 class BacktrackingState(NamedTuple):
-    """The part of the step size that is left."""
+    """The step length that was found last, in multiples of the step size."""
 
     fraction: Array
 
@@ -196,29 +208,31 @@ def backtracking(
     *,
     step_size: Coefficient,
     shrink: float = 0.5,
-    grow: float = 1.0,
+    grow: float = 1.2,
     max_trials: int = 50,
 ) -> Iteration:
-    r"""Returns (proximal) gradient descent whose step size shrinks until it suits the curvature it meets.
+    r"""Returns (proximal) gradient descent whose step length adapts to the curvature it meets.
 
     .. math:: x_{k+1} = p(x_k) = \operatorname{prox}_{\gamma h}(x_k - \gamma \nabla f(x_k, \theta)), \qquad
         f(p) \le f(x_k) + \langle \nabla f(x_k), p - x_k \rangle + \tfrac{1}{2 \gamma} \|p - x_k\|^2
 
-    The fraction of the step size that is left is the state: it starts at one and is divided only. With ``grow`` above 1
-    each step tries a longer one first, up to the whole. Where the two values of f agree to half their digits, the test
-    compares gradients instead, :math:`\langle \nabla f(p) - \nabla f(x_k), p - x_k \rangle \le \|p - x_k\|^2 / \gamma`,
-    which is the same on a quadratic: rounding does not shrink the step.
+    The length in multiples of the step size is the state: it starts at one; each step tries ``grow`` times the last one
+    first and shrinks it until the test holds. With ``grow`` 1 it never lengthens. Where the two values of f agree to
+    half their digits, the test compares gradients instead, :math:`\langle \nabla f(p) - \nabla f(x_k), p - x_k \rangle
+    \le \|p - x_k\|^2 / \gamma`, which is the same on a quadratic: rounding does not shrink the step. Where x rests, the
+    length stays.
 
     When: f + h is convex and its Lipschitz constant is unknown. ``nesterov(backtracking(...))`` is FISTA with
-    backtracking. The fraction is piecewise constant, and the derivative through the steps takes it so.
+    backtracking (its proof wants ``grow`` 1). The length is piecewise constant, and the derivative through the steps
+    takes it so; lengths that grow beyond 2/L, which shallow directions allow, delay its convergence.
 
     Args:
         objective: f, ``(x, theta) -> scalar``, smooth.
         prox: ``(v, theta, step_size) -> v`` of ``step_size * h``; None: h = 0.
-        step_size: :math:`\gamma > 0`, the longest step, a number, a schedule of k or a function of theta. The operator,
-            and so the residual, uses that of k = 0: keep it on the scale of 1/L.
+        step_size: :math:`\gamma > 0`, the first trial, a number, a schedule of k or a function of theta. The operator
+            uses that of k = 0.
         shrink: factor in (0, 1) of each trial.
-        grow: factor of the fraction before each search, at least 1.
+        grow: factor of the length before each search, at least 1.
         max_trials: shrinkings a step, at least 1.
 
     Raises:
@@ -261,21 +275,24 @@ def backtracking(
         def test(fraction: Array) -> Array:
             point, size = reached(fraction)
             move = _tree.subtract(point, x)
-            along = lambda t: scalar(who, "the objective", objective(_tree.add_scaled(x, t, move), theta))  # noqa: E731
-            one = jnp.ones_like(size)
-            new, rise = jax.jvp(along, (one,), (one,))
-            start, room = _tree.vdot(slope, move), _tree.vdot(move, move) / size
-            by_value = (new - value).astype(start.dtype) <= start + 0.5 * room
+            unit = _tree.magnitude(move)
+            ahead = _tree.unscaled(move, unit)
+            new, rise = value_and_slope(who, objective, _tree.add(x, move), theta, move, unit)
+            start, room = _tree.vdot(slope, ahead), _tree.vdot(ahead, ahead) * (unit / size)
+            by_value = (new - value).astype(start.dtype) <= unit * (start + 0.5 * room)
             return jnp.where(_close(new, value), rise.astype(start.dtype) - start <= room, by_value)
 
         def search(test: Callable[[Array], Array]) -> Array:
-            whole = jnp.minimum(jax.lax.stop_gradient(state.fraction) * grow, 1)
+            whole = jax.lax.stop_gradient(state.fraction) * grow
             shorter = lambda carry: (shrink * carry[0], test(shrink * carry[0]), carry[2] + 1)  # noqa: E731
             start = (whole, test(whole), jnp.zeros((), jnp.int32))
             return jax.lax.while_loop(lambda carry: ~carry[1] & (carry[2] < max_trials), shorter, start)[0]
 
         fraction = _constant(search, test, state.fraction)
-        return reached(fraction)[0], BacktrackingState(fraction)
+        new = reached(fraction)[0]
+        moved = _tree.norm(jax.lax.stop_gradient(_tree.subtract(new, x)))
+        rest = moved <= 10 * jnp.finfo(moved.dtype).eps * _tree.norm(jax.lax.stop_gradient(x))
+        return new, BacktrackingState(jnp.where(rest, jnp.minimum(fraction, state.fraction), fraction))
 
     return Iteration(init, step, operator, who)
 
@@ -314,11 +331,13 @@ def polyak(objective: Objective, optimum: Scalar | Callable[[Any], Any] = 0.0) -
 
     def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
         value, slope = value_and_gradient("polyak", objective, x, theta)
+        unit = _tree.magnitude(slope)
+        slope = _tree.unscaled(slope, unit)
         squared = _tree.vdot(slope, slope)
         above = value.astype(squared.dtype) - jnp.asarray(least(theta, k)).astype(squared.dtype)
         # At rest both vanish; a NaN in either still comes out.
         rest = (squared == 0) | (above < 0)
         length = jnp.where(rest, jnp.zeros_like(above), above) / jnp.where(rest, jnp.ones_like(squared), squared)
-        return _tree.add_scaled(x, -length, slope), state
+        return _tree.add_scaled(x, -length / unit, slope), state
 
     return Iteration(stateless, step, gradient(objective, 1.0), "polyak")

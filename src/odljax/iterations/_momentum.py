@@ -81,15 +81,19 @@ def nesterov(
     def restarted(x: X, state: Restarted, theta: Theta, k: Step) -> tuple[X, Restarted]:
         ahead = _tree.add_scaled(x, beta(theta, state.age), _tree.subtract(x, state.previous))
         target, inner = iteration.step(ahead, state.inner, theta, k)
-        uphill = _tree.vdot(_tree.subtract(ahead, target), _tree.subtract(target, x)) > 0
+        pair = (_tree.subtract(ahead, target), _tree.subtract(target, x))
+        uphill = _tree.vdot(*(_tree.unscaled(one, _tree.magnitude(one)) for one in pair)) > 0
         age = jnp.where(uphill, jnp.zeros_like(state.age), state.age + 1)
         return target, Restarted(_tree.where(uphill, target, x), inner, age)
 
     def young(x: X, theta: Theta) -> Restarted:
         return Restarted(x, iteration.init(x, theta), jnp.zeros((), int))
 
-    init, step = (young, restarted) if restart else (_remember(iteration), step)
-    return dataclasses.replace(iteration, init=init, step=step, name=f"nesterov({iteration.name})")
+    def young_again(x: X, state: Restarted, theta: Theta) -> Restarted:
+        return Restarted(x, iteration.forget(x, state.inner, theta), jnp.zeros_like(state.age))
+
+    init, step, again = (young, restarted, young_again) if restart else (_remember(iteration), step, _forget(iteration))
+    return dataclasses.replace(iteration, init=init, step=step, restart=again, name=f"nesterov({iteration.name})")
 
 
 def heavy_ball(
@@ -127,8 +131,13 @@ def heavy_ball(
         target, inner = iteration.step(x, inner, theta, k)
         return _tree.add_scaled(target, beta(theta, k), _tree.subtract(x, previous)), (x, inner)
 
-    return dataclasses.replace(iteration, init=_remember(iteration), step=step, name=f"heavy_ball({iteration.name})")
+    init, again, name = _remember(iteration), _forget(iteration), f"heavy_ball({iteration.name})"
+    return dataclasses.replace(iteration, init=init, step=step, restart=again, name=name)
 
 
 def _remember(iteration: Iteration[X, Theta]) -> Callable[[X, Theta], State]:
     return lambda x, theta: (x, iteration.init(x, theta))
+
+
+def _forget(iteration: Iteration[X, Theta]) -> Callable[[X, State, Theta], State]:
+    return lambda x, state, theta: (x, iteration.forget(x, state[1], theta))

@@ -15,6 +15,7 @@ from .._types import Coefficient, State, Step
 from ..linear import LinearSolver, cg, differentiable_solve
 from ..operators import Operator, gradient
 from ..operators._gradient import Objective, value_and_gradient
+from ._anderson import per_unit
 from ._iteration import Iteration, stateless
 
 Residual = Callable[[Any, Any], Any]
@@ -87,16 +88,39 @@ def half_square(residual: Residual) -> Objective:
     return objective
 
 
-def _least_squares(who: str, residual: Residual) -> tuple[Callable[..., Any], Operator]:
-    """The residual with its products at a point, and the unit gradient step on half its square."""
+class _Model(NamedTuple):
+    """The linear model of a residual in units of its own, so that no square of it under- or overflows: r / a, J / b and
+    the damping / b^2, for powers of two a and b of the size of r and of J^T r / a. A step is then in units of a / b."""
+
+    r: Any
+    slope: Any
+    normal: Callable[[Any], Any]
+    a: Array
+    b: Array
+
+    def shift(self, damping: Any) -> Array:
+        return jnp.asarray(damping).astype(self.b.dtype) / self.b / self.b
+
+    def step(self, direction: Any) -> Any:
+        return _tree.scale(self.a / self.b, direction)
+
+
+def _least_squares(who: str, residual: Residual) -> tuple[Callable[[Any, Any], _Model], Operator]:
+    """The linear model of the residual at a point, and the unit gradient step on half its square."""
     is_callable(who, "residual", residual, "x, theta")
 
-    def linearised(x: Any, theta: Any) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+    def model(x: Any, theta: Any) -> _Model:
         r, push = jax.linearize(lambda x: residual(x, theta), x)
-        pull = jax.linear_transpose(push, x)
-        return r, push, lambda u: _tree.conjugate(pull(_tree.conjugate(u))[0])
+        transpose = jax.linear_transpose(push, x)
+        pull = lambda u: _tree.conjugate(transpose(_tree.conjugate(u))[0])  # noqa: E731
+        a = _tree.magnitude(r)
+        r = per_unit(r, a)
+        slope = pull(r)
+        b = _tree.magnitude(slope)
+        normal = lambda v: per_unit(pull(per_unit(push(v), b)), b)  # noqa: E731
+        return _Model(r, per_unit(slope, b), normal, a, b)
 
-    return linearised, gradient(half_square(residual), 1.0)
+    return model, gradient(half_square(residual), 1.0)
 
 
 def gauss_newton(
@@ -137,15 +161,15 @@ def gauss_newton(
         >>> round(float(x["a"]), 3), round(float(x["b"]), 3)
         (2.0, -0.5)
     """
-    linearised, operator = _least_squares("gauss_newton", residual)
+    model_at, operator = _least_squares("gauss_newton", residual)
     solve = _solver("gauss_newton", linear_solver)
     damping_at = coefficient("gauss_newton", "damping", damping, closed=True)
 
     def step(x: Any, state: State, theta: Any, k: Step) -> tuple[Any, State]:
-        r, push, pull = linearised(x, theta)
-        shift = damping_at(theta, k)
-        direction = solve(lambda v: _tree.add_scaled(pull(push(v)), shift, v), pull(r))
-        return _tree.subtract(x, direction), state
+        model = model_at(x, theta)
+        shift = model.shift(damping_at(theta, k))
+        direction = solve(lambda v: _tree.add_scaled(model.normal(v), shift, v), model.slope)
+        return _tree.subtract(x, model.step(direction)), state
 
     return Iteration(stateless, step, operator, "gauss_newton")
 
@@ -165,8 +189,9 @@ def levenberg_marquardt(
         \rho_k = \frac{\|r(x_k)\|^2 - \|r(x_k + d_k)\|^2}{\|r(x_k)\|^2 - \|r(x_k) + J d_k\|^2}
 
     The step is taken where :math:`\rho_k > 10^{-4}`; :math:`\lambda` is divided by three where :math:`\rho_k > 3/4`,
-    and doubled where :math:`\rho_k < 1/4`, within :math:`1/\epsilon` of its start. Where the decrease that the model
-    promises is below the rounding of the sum of squares, the gain cannot be measured and counts as one.
+    and doubled where :math:`\rho_k < 1/4`, but is not kept below rounding of the curvature along the step,
+    :math:`\epsilon\, (-d_k^\top J^\top r) / \|d_k\|^2`. Where the decrease that the model promises is below the
+    rounding of the sum of squares, the gain cannot be measured and counts as one.
 
     When: nonlinear least squares from a start that may be far away. A damping that is small against the eigenvalues of
     :math:`J^\top J` trusts the start, a large one makes short gradient steps first.
@@ -196,7 +221,7 @@ def levenberg_marquardt(
         >>> [round(float(entry), 3) for entry in solution.x]
         [1.0, 1.0]
     """
-    linearised, operator = _least_squares("levenberg_marquardt", residual)
+    model_at, operator = _least_squares("levenberg_marquardt", residual)
     solve = _solver("levenberg_marquardt", linear_solver)
     damping_at = coefficient("levenberg_marquardt", "damping", damping)
 
@@ -204,23 +229,24 @@ def levenberg_marquardt(
         return MarquardtState(jnp.ones((), _tree.accumulation_dtype(x)))
 
     def step(x: Any, state: MarquardtState, theta: Any, k: Step) -> tuple[Any, MarquardtState]:
-        r, push, pull = linearised(x, theta)
-        factor = jax.lax.stop_gradient(state.factor)
-        eps = jnp.finfo(factor.dtype).eps
-        shift = factor * jnp.asarray(damping_at(theta, k)).astype(factor.dtype)
-        slope = pull(r)
-        direction = _tree.negative(solve(lambda v: _tree.add_scaled(pull(push(v)), shift, v), slope))
-        trial = _tree.add(x, direction)
-        ahead = residual(trial, theta)
-        before = _tree.vdot(r, r)
-        promised = shift * _tree.vdot(direction, direction) - _tree.vdot(slope, direction)
+        model, factor = model_at(x, theta), jax.lax.stop_gradient(state.factor)
+        info = jnp.finfo(factor.dtype)
+        first = model.shift(damping_at(theta, k))
+        shift = factor * first
+        back = solve(lambda v: _tree.add_scaled(model.normal(v), shift, v), model.slope)
+        trial = _tree.subtract(x, model.step(back))
+        ahead = per_unit(residual(trial, theta), model.a)
+        before, squared, fall = _tree.vdot(model.r, model.r), _tree.vdot(back, back), _tree.vdot(model.slope, back)
+        promised = shift * squared + fall
         gained = before - _tree.vdot(ahead, ahead)
-        measurable = promised > 100 * eps * before
+        measurable = promised > 100 * info.eps * before
         gain = jnp.where(measurable, gained / jnp.where(measurable, promised, jnp.ones_like(promised)), 1)
         change = jnp.where(gain > 0.75, 1 / 3, jnp.where(gain >= 0.25, 1.0, 2.0)).astype(factor.dtype)
         # A residual that is no number at x itself must show.
         taken = jax.lax.stop_gradient((gain > 1e-4) | ~jnp.isfinite(before))
-        factor = jax.lax.stop_gradient(jnp.clip(factor * change, eps, 1 / eps))
+        known = squared > 0
+        least = jnp.where(known, info.eps * fall, 0) / jnp.where(known, squared, 1) / first
+        factor = jax.lax.stop_gradient(jnp.clip(jnp.maximum(factor * change, least), info.tiny, 0.25 / info.tiny))
         return _tree.where(taken, trial, x), MarquardtState(factor)
 
     return Iteration(init, step, operator, "levenberg_marquardt")

@@ -14,13 +14,13 @@ from .. import _tree
 from .._checks import count, number
 from .._types import Scalar, State, Step, Theta, X
 from ..operators import Operator
-from ._anderson import Guard, combine, guarded, start_guard
-from ._iteration import Iteration, iteration_of
+from ._anderson import Guard, combine, guarded, per_unit, start_guard, unit
+from ._iteration import Iteration, iteration_of, restart_by
 
 
 class BroydenState(NamedTuple):
-    """The last iterate and its step, the terms of the inverse Jacobian and how many there are, the state of the
-    iteration below, and that of the safeguard."""
+    """The last iterate and its step, the terms of the inverse Jacobian (free of units) and how many there are, the
+    state of the iteration below, and that of the safeguard."""
 
     previous: Any
     change: Any
@@ -31,10 +31,9 @@ class BroydenState(NamedTuple):
     guard: Guard | tuple[()]
 
 
-def _resolved(x: Any, size: Array) -> Array:
-    """Whether a squared length is far enough above the rounding of x for ratios of such lengths to mean something."""
-    info = jnp.finfo(size.dtype)
-    return jax.lax.stop_gradient(size > info.eps**1.5 * _tree.vdot(x, x) + info.tiny**0.4)
+def _resolved(x: Any, length: Array) -> Array:
+    """Whether a length is far enough above the rounding of x for ratios of such lengths to mean something."""
+    return jax.lax.stop_gradient(length > float(jnp.finfo(length.dtype).eps) ** 0.75 * _tree.norm(x))
 
 
 def broyden(
@@ -53,7 +52,8 @@ def broyden(
     left out where :math:`s^\top H y` vanishes, or s is rounding: value and derivative stay finite after convergence.
 
     When: a smooth step whose linear rate is too slow, with a solution that is wanted to many digits: superlinear near
-    it. Anderson combines the same differences by least squares and is the more robust; Broyden needs no dense solve.
+    it. Anderson combines the same differences by least squares and is the more robust; Broyden needs no dense solve. As
+    with ``anderson``, a memory of earlier iterates in the iteration is emptied after each step.
     Below the last update, near rounding, ``truncated`` is not accurate: ``implicit`` is the derivative of choice.
 
     Args:
@@ -89,13 +89,16 @@ def broyden(
         target, inner = iteration.step(x, state.inner, theta, k)
         change = _tree.subtract(target, x)
         s, y = _tree.subtract(x, state.previous), _tree.subtract(state.change, change)
+        length = _tree.norm(s)
+        one = unit(x, length)
+        s, y = per_unit(s, one), per_unit(y, one)
         full = state.used == memory
         used = jnp.where(full, jnp.zeros_like(state.used), state.used)
         columns, rows = _tree.where(full, *_emptied(state.columns)), _tree.where(full, *_emptied(state.rows))
         mapped, pulled = _add_terms(y, columns, rows), _add_terms(s, rows, columns)  # H y and H^T s
         size, curvature = _tree.vdot(s, s), _tree.vdot(pulled, y)
         sound = jnp.abs(curvature) > jnp.finfo(size.dtype).eps ** 0.5 * size
-        update = jax.lax.stop_gradient(sound & (k > 0)) & _resolved(x, size)
+        update = jax.lax.stop_gradient(sound & (k > 0)) & _resolved(x, length)
         column = _tree.scale(1 / jnp.where(update, curvature, jnp.ones_like(size)), _tree.subtract(s, mapped))
         columns, rows = (
             jax.tree.map(lambda stack, new: stack.at[used].set(jnp.where(update, new, stack[used])), stack, new)
@@ -104,9 +107,11 @@ def broyden(
         used = used + update.astype(used.dtype)
         fast = _tree.add(x, _add_terms(change, columns, rows))
         new, guard = guarded(safeguard, state.guard, change, fast, target)
-        return new, BroydenState(x, change, columns, rows, used, inner, guard)
+        return new, BroydenState(x, change, columns, rows, used, iteration.forget(new, inner, theta), guard)
 
-    return dataclasses.replace(iteration, init=init, step=step, name=f"broyden({iteration.name})")
+    return dataclasses.replace(
+        iteration, init=init, step=step, restart=restart_by(init), name=f"broyden({iteration.name})"
+    )
 
 
 def _emptied(stack: Any) -> tuple[Any, Any]:
@@ -127,7 +132,8 @@ def squarem(
         r = T x_k - x_k, \quad v = T^2 x_k - T x_k - r, \quad a = \frac{\|r\|}{\|v\|}, \qquad
         x_{k+1} = T(x_k + 2 a r + a^2 v)
 
-    with a kept in [1, max_step]; where :math:`a = 1` the bracket is :math:`T^2 x_k`. If the extrapolated point has a
+    with a kept in [1, max_step]; where :math:`a = 1` the bracket is :math:`T^2 x_k`. T is one step of the iteration; a
+    memory of earlier iterates in it is emptied before each. If the extrapolated point has a
     larger residual than x_k had, :math:`T^2 x_k` is taken instead, so the residual does not grow where T is
     non-expansive.
 
@@ -156,21 +162,23 @@ def squarem(
     iteration = iteration_of("squarem", "iteration", iteration)
     number("squarem", "max_step", max_step, low=1.0)
 
+    def one(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
+        new, state = iteration.step(x, state, theta, k)
+        return new, iteration.forget(new, state, theta)
+
     def step(x: X, state: State, theta: Theta, k: Step) -> tuple[X, State]:
-        once, state = iteration.step(x, state, theta, 3 * k)
-        twice, state = iteration.step(once, state, theta, 3 * k + 1)
+        once, state = one(x, state, theta, 3 * k)
+        twice, state = one(once, state, theta, 3 * k + 1)
         r = _tree.subtract(once, x)
         v = _tree.subtract(_tree.subtract(twice, once), r)
-        r_squared, v_squared = _tree.vdot(r, r), _tree.vdot(v, v)
-        sound = _resolved(x, v_squared)
-        ratio = jnp.where(sound, r_squared, jnp.ones_like(r_squared)) / jnp.where(
-            sound, v_squared, jnp.ones_like(r_squared)
-        )
-        a = jnp.sqrt(jnp.clip(ratio, 1.0, jnp.asarray(max_step).astype(ratio.dtype) ** 2))
+        first, second = _tree.norm(r), _tree.norm(v)
+        sound = _resolved(x, second)
+        ratio = jnp.where(sound, first, jnp.ones_like(first)) / jnp.where(sound, second, jnp.ones_like(second))
+        a = jnp.clip(ratio, 1.0, jnp.asarray(max_step).astype(ratio.dtype))
         ahead = _tree.add_scaled(_tree.add_scaled(x, 2 * a, r), a * a, v)
-        target, state = iteration.step(ahead, state, theta, 3 * k + 2)
-        reached = _tree.subtract(target, ahead)
-        better = jax.lax.stop_gradient(_tree.vdot(reached, reached) <= r_squared)
-        return _tree.where(better, target, twice), state
+        target, state = iteration.step(ahead, iteration.forget(ahead, state, theta), theta, 3 * k + 2)
+        better = jax.lax.stop_gradient(_tree.norm(_tree.subtract(target, ahead)) <= first)
+        new = _tree.where(better, target, twice)
+        return new, iteration.forget(new, state, theta)
 
     return dataclasses.replace(iteration, step=step, name=f"squarem({iteration.name})")
