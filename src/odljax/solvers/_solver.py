@@ -468,7 +468,7 @@ def stopping(
     operator = iteration.operator
     assert operator is not None
     jaxpr, shapes = jax.make_jaxpr(lambda: _unscaled_parts(_parts_at(operator, x0, theta)), return_shape=True)()
-    values = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    values = _tree.zeros_like(shapes)  # sharded as they are
     unknown = jnp.full((), jnp.inf, _tree.accumulation_dtype(x0))
     zero, slopes = jnp.zeros((), int), (jnp.zeros_like(unknown),) * len(values)
     start = Progress(
@@ -523,10 +523,11 @@ def stopping(
             verdict = operator.certificate(here, displacement(operator, here, theta_here), theta_here)
             tests.insert(2, (verdict != _RUNNING, verdict.astype(jnp.int32)))
         status = jnp.select([test for test, _ in tests], [code for _, code in tests], _code(_RUNNING))
-        status = jnp.where(carry.status == _RUNNING, status, carry.status)
+        open_still = carry.status == _RUNNING
+        status = jnp.where(open_still, status, carry.status)
         running = status == _RUNNING
         # What is not finite is let through by one more step, so that x shows it and no derivative hides it.
-        moving = running | ((carry.status == _RUNNING) & (status == int(Status.NON_FINITE)))
+        moving = running | (open_still & (status == int(Status.NON_FINITE)))
         if ahead is None:
             here, hyper, before = (_cut_off(tree, moving) if cut else tree for tree in (x, theta, state))
             ahead = checked_step(iteration, here, before, hyper, index)
@@ -537,8 +538,8 @@ def stopping(
             _tree.where(moving, new_state, state),
             jnp.where(running, k + 1, k),
             status,
-            measure,
-            measured.relative,
+            jnp.where(open_still, measure, carry.residual),
+            jnp.where(open_still, measured.relative, carry.relative),
             first,
             jnp.where(better, measure, carry.best),
             best_at,
