@@ -586,9 +586,20 @@ def _cut_off(x: Any, moving: Array) -> Any:
 
     def cut(leaf: Any) -> Any:
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-        return jnp.where(moving, leaf, jax.lax.stop_gradient(leaf)) if floating else leaf
+        return _moving_only(leaf, moving) if floating else leaf
 
     return jax.tree.map(cut, x)
+
+
+@jax.custom_jvp
+def _moving_only(leaf: Array, moving: Array) -> Array:
+    return leaf  # and no choice between two, which reverse mode would store beside the leaf
+
+
+@_moving_only.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (leaf, moving), (moved, _) = primals, tangents
+    return leaf, jnp.where(moving, moved, jnp.zeros_like(moved))
 
 
 def stopping_finish(carry: Progress, rows: History | None) -> Solution:
