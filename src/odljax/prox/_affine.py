@@ -252,8 +252,9 @@ def _across(who: str, v: PyTree, parameter: Any, counted: Any) -> PyTree:
     inner, square = _products(xs, normals)
     zero = square == 0
     excess = counted(inner - level / unit)
-    along = jnp.where(zero, jnp.where(excess == 0, 0, jnp.nan), jnp.where(zero, 0, excess) / jnp.where(zero, 1, square))
-    return back([x - a * along for x, a in zip(xs, normals, strict=True)])
+    along = jnp.where(zero, 0, excess) / jnp.where(zero, 1, square)
+    there = ~zero | (excess == 0)
+    return back([nan_unless(there, x - a * along, x, a, level) for x, a in zip(xs, normals, strict=True)])
 
 
 def _system(who: str, at: str, names: tuple[str, str], leaf: Any, matrix: Any, side: Any) -> tuple[Array, Array, Array]:

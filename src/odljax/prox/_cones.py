@@ -1,5 +1,7 @@
 """Projections onto cones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -123,6 +125,7 @@ def exponential_cone(
     return leafwise(who, _project_exponential, v, rows=True)
 
 
+@functools.partial(jax.jit, inline=True)
 def _project_exponential(v: Array) -> Array:
     # The cone is a cone: any unit will do, and this one keeps exponentials and squares in range.
     peak = jnp.max(jnp.abs(jax.lax.stop_gradient(v)), axis=-1, keepdims=True)

@@ -1,5 +1,6 @@
 """Penalties that are not convex: their operators jump, and where two points are equally good return one, named."""
 
+import functools
 from typing import Any
 
 import jax
@@ -184,6 +185,7 @@ def _keep(x: Array, lam: Array, step: Array) -> Array:
     return jnp.where(jnp.abs(x) < bound, 0, jnp.where(jnp.isnan(bound), bound, x))
 
 
+@functools.partial(jax.jit, inline=True)
 def _lq(x: Array, lam: Array, q: Array, step: Array) -> Array:
     t, q = step * lam + 0 * x, q + 0 * x
     held_t, held_q = jax.lax.stop_gradient((t, q))

@@ -1,5 +1,6 @@
 """Norms of rows that sort their entries, and of matrices."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,8 +9,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .._checks import count
-from .._types import Float, PyTree
-from ._leafwise import fit, flatten, leafwise, pair, spread, widest
+from .._types import Float, Inexact, PyTree
+from ._leafwise import fit, flatten, leafwise, pair, spread, widened, widest
 from ._pav import isotonic_regression
 from ._spectral import shrink_singular_values
 
@@ -127,7 +128,7 @@ def slope(
 
 def nuclear(
     v: PyTree[ArrayLike], parameter: PyTree[ArrayLike], step_size: PyTree[ArrayLike] = 1.0
-) -> PyTree[Float[Array, "..."]]:
+) -> PyTree[Inexact[Array, "..."]]:
     """Return U diag(max(s - t, 0)) V' for v = U diag(s) V', t = step_size * lam: h = lam (sum of singular values).
 
     For matrices of low rank: completion, robust principal components, multi-task weights. Matrices are the last two
@@ -137,11 +138,11 @@ def nuclear(
         and step_size are scalars, arrays that broadcast to [...] (one for each matrix), or trees of these that are
         prefixes of v.
     Args:
-        v: tree of floating-point arrays; a matrix that holds a NaN comes out as NaN.
+        v: tree of real or complex floating-point arrays; a matrix that holds a NaN comes out as NaN.
         parameter: lam >= 0.
         step_size: >= 0.
     Returns: a tree like v.
-    Raises: TypeError where a leaf of v is not real floating-point or a coefficient not a real number; ValueError where
+    Raises: TypeError where a leaf of v is not floating-point or a coefficient not a real number; ValueError where
         the structure or shape of a coefficient does not fit v, or it is a negative Python or NumPy number;
         NotImplementedError at third derivatives in v: it can be differentiated at most twice.
     At kinks: repeated and zero singular values are none, first and second derivatives are exact there; where s = t the
@@ -157,16 +158,23 @@ def nuclear(
         [[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
     """
     who = "prox.nuclear"
-    entries, structure = flatten(who, v)
+    entries, structure = flatten(who, v, or_complex=True)
     lams, steps = spread(who, "lam", parameter, v), spread(who, "step_size", step_size, v)
     results = []
     for (path, leaf), lam, step in zip(entries, lams, steps, strict=True):
         dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
-        x = jnp.atleast_2d(jnp.asarray(leaf, widest(dtype)))
-        lam = fit(who, "lam" + jax.tree_util.keystr(path), lam, x.dtype, x.shape[:-2])
-        step = fit(who, "step_size" + jax.tree_util.keystr(path), step, x.dtype, x.shape[:-2])
+        x = jnp.atleast_2d(widened(leaf, widest(jnp.finfo(dtype).dtype)))
+        lam = fit(who, "lam" + jax.tree_util.keystr(path), lam, jnp.finfo(x.dtype).dtype, x.shape[:-2])
+        step = fit(who, "step_size" + jax.tree_util.keystr(path), step, jnp.finfo(x.dtype).dtype, x.shape[:-2])
         threshold = jnp.broadcast_to(lam * step, x.shape[:-2])[..., None, None]
-        results.append(shrink_singular_values(x, threshold).astype(dtype).reshape(shape))
+        m, n = x.shape[-2:]
+        if jnp.iscomplexobj(x):  # the real matrix of the same map: each singular value comes twice
+            whole = jnp.block([[x.real, -x.imag], [x.imag, x.real]])
+            whole = shrink_singular_values(whole, threshold)
+            y = jax.lax.complex(whole[..., :m, :n], whole[..., m:, :n])
+        else:
+            y = shrink_singular_values(x, threshold)
+        results.append(y.astype(dtype).reshape(shape))
     return jax.tree.unflatten(structure, results)
 
 
@@ -190,6 +198,7 @@ def _cut_off(x: Array, lam: Array, step: Array) -> Array:
     return jnp.where(jnp.sum(held, axis=-1, keepdims=True) < held_t, 0, y)
 
 
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def _lower_largest(x: Array, t: Array, k: int) -> Array:
     sign = _sign(x)
     size = sign * x

@@ -1,10 +1,13 @@
 """Isotonic regression, by merging sorted stretches: the size of the program does not depend on the data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
+@functools.partial(jax.jit, inline=True)
 def isotonic_regression(y: Array, weights: Array | None = None) -> Array:
     """Return the non-decreasing rows x that minimise sum weights (x - y)^2 along the last axis.
 

@@ -47,7 +47,7 @@ def proximal_point(v: Array, u: Array, penalty: Penalty) -> Point:
         return p, w, x - v + penalty.adjoint(w)
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, u, sigma, before, _, k = carry
+        x, u, sigma, before, last, _, k = carry
         p, w, slope = at(x, u, sigma)
         size, direction = jnp.linalg.norm(slope), -penalty.solve(p, sigma, slope)
         fall = jnp.sum(slope * direction)
@@ -66,8 +66,9 @@ def proximal_point(v: Array, u: Array, penalty: Penalty) -> Point:
         start = (nil, nil + 1, nil + 1, jnp.zeros((), int), jnp.zeros((), bool))
         t = jax.lax.while_loop(lambda trial: ~trial[4] & (trial[3] < _HALVINGS), halve, start)[0]
         ahead = x + t * direction
-        # Rounding in p is sigma times that in K x, and harmless to x: what counts is the step.
-        solved = t * jnp.linalg.norm(direction) <= rounding * (1 + jnp.linalg.norm(x))
+        # Rounding in p is sigma times that in K x, and harmless to x: what counts is the step, and then progress.
+        small = t * jnp.linalg.norm(direction) <= rounding * (1 + jnp.linalg.norm(x))
+        solved = small & ((size == 0) | (size > 0.5 * last))
         apart = jnp.linalg.norm(w - u) / sigma
         slow = solved & (apart > before / 10)
         done = (solved & (apart <= rounding * (1 + jnp.linalg.norm(x)))) | ~jnp.isfinite(size)
@@ -76,15 +77,17 @@ def proximal_point(v: Array, u: Array, penalty: Penalty) -> Point:
             jnp.where(solved & ~done, w, u),
             jnp.where(slow, jnp.minimum(10 * sigma, top), sigma),
             jnp.where(solved, apart, before),
+            jnp.where(solved, jnp.inf, size),
             done,
             k + 1,
         )
 
     def running(carry: tuple[Any, ...]) -> Array:
-        return (carry[5] < _STEPS) & ~carry[4]
+        return (carry[6] < _STEPS) & ~carry[5]
 
     no = jnp.zeros((), bool)
-    start = (v, u, jnp.ones((), v.dtype), jnp.asarray(jnp.inf, v.dtype), no, jnp.zeros((), int))
+    one, far = jnp.ones((), v.dtype), jnp.asarray(jnp.inf, v.dtype)
+    start = (v, u, one, far, far, no, jnp.zeros((), int))
     x, u, sigma, *_ = jax.lax.while_loop(running, body, start)
     p, w, _ = at(x, u, sigma)
     return Point(x, sigma, p, w)

@@ -264,7 +264,7 @@ def non_negative_ridge(
 
 def huber(
     v: PyTree[ArrayLike], parameter: PyTree[ArrayLike], step_size: PyTree[ArrayLike] = 1.0
-) -> PyTree[Float[Array, "..."]]:
+) -> PyTree[Inexact[Array, "..."]]:
     """Return v / (1 + t) where |v| < (1 + t) delta and v - t delta sign(v) beyond, t = step_size * lam.
 
     h = lam (sum of x^2/2 where |x| <= delta, delta (|x| - delta/2) beyond): quadratic for small entries, linear for
@@ -273,7 +273,7 @@ def huber(
     Shapes: any tree of any shapes, entry by entry; lam, delta and step_size are scalars, arrays that broadcast to the
         leaf, or trees of these that are prefixes of v.
     Args:
-        v: tree of floating-point arrays.
+        v: tree of real or complex floating-point arrays.
         parameter: (lam, delta), both >= 0; delta = inf is ridge.
         step_size: >= 0; one for each entry gives the operator in that diagonal metric.
     Returns: a tree like v.

@@ -1,5 +1,7 @@
 """Projections onto the simplex and its relatives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -7,7 +9,7 @@ from jax.typing import ArrayLike
 
 from .._checks import count
 from .._types import Float, PyTree
-from ._leafwise import describe, fit, flatten, leafwise, pair, spread, widest
+from ._leafwise import describe, fit, flatten, leafwise, nan_unless, pair, spread, widest
 
 
 def simplex(
@@ -143,6 +145,7 @@ def box_section(
     return jax.tree.unflatten(structure, results)
 
 
+@functools.partial(jax.jit, inline=True)
 def _cut(x: Array, lower: Array, upper: Array, w: Array, total: Array) -> Array:
     free, at_lower, at_upper, tau = jax.lax.stop_gradient(_pieces(*jax.lax.stop_gradient((x, lower, upper, w, total))))
     fixed = jnp.where(at_lower, lower, jnp.where(at_upper, upper, x))
@@ -157,7 +160,7 @@ def _cut(x: Array, lower: Array, upper: Array, w: Array, total: Array) -> Array:
     size = jnp.sum(jnp.abs(weights * held), axis=-1, keepdims=True) + jnp.abs(goal)
     reached = miss <= 100 * jnp.finfo(x.dtype).eps * x.shape[-1] ** 0.5 * size
     broken = jnp.any(jnp.isnan(x) | jnp.isnan(lower) | jnp.isnan(upper), axis=-1, keepdims=True)
-    return jnp.where(reached & ~broken, y, jnp.nan)
+    return nan_unless(reached & ~broken, y, x, lower, upper, w, total)
 
 
 def _pieces(x: Array, lower: Array, upper: Array, w: Array, total: Array) -> tuple[Array, Array, Array, Array]:

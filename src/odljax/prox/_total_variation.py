@@ -1,5 +1,6 @@
 """Total variation in one dimension, exactly, and in two, isotropic, to rounding."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,18 +8,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from .._types import Float, PyTree
+from .._tree import magnitude
+from .._types import Inexact, PyTree
 from ..derivatives._moving import moving
 from ..iterations import Iteration
 from ..linear import cg, differentiable_solve
 from ..operators import Operator
 from ..solvers import until_converged
-from ._leafwise import fit, flatten, leafwise, norm, spread, widest
+from ._leafwise import fit, flatten, leafwise, nan_unless, norm, spread, widened, widest
 
 
 def total_variation_1d(
     v: PyTree[ArrayLike], parameter: PyTree[ArrayLike], step_size: PyTree[ArrayLike] = 1.0
-) -> PyTree[Float[Array, "..."]]:
+) -> PyTree[Inexact[Array, "..."]]:
     """Return the minimiser of t sum |x_(i+1) - x_i| + |x - v|^2 / 2, t = step_size * lam, row by row.
 
     For piecewise constant signals, also known as the fused lasso. The result is constant on segments, each the mean of
@@ -27,11 +29,11 @@ def total_variation_1d(
     Shapes: v [..., n], any tree of these (a 0-d leaf is a row of one); lam and step_size are scalars, arrays that
         broadcast to [...] (one for each row), or trees of these that are prefixes of v.
     Args:
-        v: tree of floating-point arrays; a row that holds NaN comes out as NaN.
+        v: tree of real or complex floating-point arrays; a row that holds NaN comes out as NaN.
         parameter: lam >= 0; inf gives the mean.
         step_size: >= 0.
     Returns: a tree like v.
-    Raises: TypeError where a leaf of v is not real floating-point or a coefficient not a real number; ValueError where
+    Raises: TypeError where a leaf of v is not floating-point or a coefficient not a real number; ValueError where
         the structure or shape of a coefficient does not fit v, or it is a negative Python or NumPy number.
     At kinks: the derivative is that of the formula on the segments found; neighbours that are equal in the result, to
         the bit, share one. At t = 0 it is I in v.
@@ -46,20 +48,13 @@ def total_variation_1d(
         [1.0, 1.0, 5.0, 5.0]
     """
 
-    def rows(x: Array, lam: Array, step: Array) -> Array:
-        t = jnp.broadcast_to(step * lam, (*x.shape[:-1], 1)).reshape(-1)
-        flat = x.reshape(-1, x.shape[-1])
-        # One row after the other: a batched write at a place of its own in each row would copy all of them.
-        held = jax.lax.stop_gradient((flat, t))
-        levels = jax.lax.stop_gradient(jax.lax.map(lambda row: _taut_string(*row), held))
-        return jax.vmap(_fuse)(flat, t, levels).reshape(x.shape)
-
-    return leafwise("prox.total_variation_1d", rows, v, rows=True, lam=parameter, step_size=step_size)
+    coefficients = {"lam": parameter, "step_size": step_size}
+    return leafwise("prox.total_variation_1d", _signals, v, rows=True, or_complex=True, **coefficients)
 
 
 def total_variation_2d(
     v: PyTree[ArrayLike], parameter: PyTree[ArrayLike], step_size: PyTree[ArrayLike] = 1.0
-) -> PyTree[Float[Array, "..."]]:
+) -> PyTree[Inexact[Array, "..."]]:
     """Return the minimiser of t sum_ij |(x_(i+1)j - x_ij, x_i(j+1) - x_ij)| + |x - v|^2 / 2, t = step_size * lam.
 
     For images with sharp edges (Rudin, Osher and Fatemi), image by image, isotropic; differences across the border
@@ -68,12 +63,12 @@ def total_variation_2d(
     Shapes: v [..., height, width], any tree of these; lam and step_size are scalars, arrays that broadcast to [...]
         (one for each image), or trees of these that are prefixes of v.
     Args:
-        v: tree of floating-point arrays; an image that holds NaN comes out as NaN.
+        v: tree of real or complex floating-point arrays; an image that holds NaN comes out as NaN.
         parameter: lam >= 0.
         step_size: >= 0.
     Returns: a tree like v, right to about 1e-10 of its range in float64 and 1e-5 in float32; NaN in an image for which
         the method has not come near that (1e-6 and 1e-3) in 20 000 steps.
-    Raises: TypeError where a leaf of v is not real floating-point or a coefficient not a real number; ValueError where
+    Raises: TypeError where a leaf of v is not floating-point or a coefficient not a real number; ValueError where
         a leaf has fewer than two axes, the structure or shape of a coefficient does not fit v, or it is a negative
         Python or NumPy number.
     At kinks: the derivative is implicit, with a pixel whose dual variable has just reached length t counted as flat
@@ -91,7 +86,7 @@ def total_variation_2d(
         [[0.067, 0.067], [0.067, 0.8]]
     """
     who = "prox.total_variation_2d"
-    entries, structure = flatten(who, v)
+    entries, structure = flatten(who, v, or_complex=True)
     columns = [spread(who, name, value, v) for name, value in (("lam", parameter), ("step_size", step_size))]
     results = []
     for (path, leaf), *values in zip(entries, *columns, strict=True):
@@ -100,11 +95,11 @@ def total_variation_2d(
             raise ValueError(
                 f"{who} needs images on the last two axes; v{at} has shape {shape}; for signals use total_variation_1d."
             )
-        x = jnp.asarray(leaf, widest(dtype))
+        real = widest(jnp.finfo(dtype).dtype)
         names = ("lam", "step_size")
-        lam, step = (fit(who, name + at, value, x.dtype, shape[:-2]) for name, value in zip(names, values, strict=True))
+        lam, step = (fit(who, name + at, value, real, shape[:-2]) for name, value in zip(names, values, strict=True))
         t = jnp.broadcast_to(step * lam, shape[:-2]).reshape(-1)
-        y = jax.vmap(_denoise)(x.reshape(-1, *shape[-2:]), t)
+        y = _images(widened(leaf, real).reshape(-1, *shape[-2:]), t)
         results.append(y.reshape(shape).astype(dtype))
     return jax.tree.unflatten(structure, results)
 
@@ -124,6 +119,18 @@ def _fuse(v: Array, t: Array, level: Array) -> Array:
     sizes = jax.ops.segment_sum(jnp.ones_like(v), segment, n, indices_are_sorted=True)
     y = level + (sums / jnp.maximum(sizes, 1))[segment]
     return jnp.where(jnp.any(jnp.isnan(v)) | jnp.isnan(t), jnp.nan, y)
+
+
+@functools.partial(jax.jit, inline=True)
+def _signals(x: Array, lam: Array, step: Array) -> Array:
+    t = jnp.broadcast_to(step * lam, (*x.shape[:-1], 1)).reshape(-1)
+    flat = x.reshape(-1, x.shape[-1])
+    if jnp.iscomplexobj(x):  # the two parts of an entry jump together: an image of one row
+        return _images(flat[:, None], t).reshape(x.shape)
+    # One row after the other: a batched write at a place of its own in each row would copy all of them.
+    held = jax.lax.stop_gradient((flat, t))
+    levels = jax.lax.stop_gradient(jax.lax.map(lambda row: _taut_string(*row), held))
+    return jax.vmap(_fuse)(flat, t, levels).reshape(x.shape)
 
 
 class _Walk(NamedTuple):
@@ -194,7 +201,7 @@ def _taut_string(v: Array, t: Array) -> Array:
     return center + levels[jax.lax.cummax(begins)]
 
 
-# ---- one image -----------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------------
 
 _STEP = 1 / 8  # 1 / |D|^2
 _MAX_STEPS = 20_000
@@ -202,23 +209,24 @@ _NEWTON_STEPS = 8
 
 
 def _gradient(x: Array) -> Array:
-    """D x [2, height, width]: forward differences, zero across the border."""
-    return jnp.stack([jnp.pad(jnp.diff(x, axis=0), ((0, 1), (0, 0))), jnp.pad(jnp.diff(x, axis=1), ((0, 0), (0, 1)))])
+    """D x [2, channels, height, width]: forward differences of x, without the 2, zero across the border."""
+    down, right = jnp.diff(x, axis=1), jnp.diff(x, axis=2)
+    return jnp.stack([jnp.pad(down, ((0, 0), (0, 1), (0, 0))), jnp.pad(right, ((0, 0), (0, 0), (0, 1)))])
 
 
 def _transposed(p: Array) -> Array:
-    down, right = p[0, :-1], p[1, :, :-1]
+    down, right = p[0, :, :-1], p[1, :, :, :-1]
     pad = jnp.pad
     return (
-        pad(down, ((1, 0), (0, 0)))
-        - pad(down, ((0, 1), (0, 0)))
-        + pad(right, ((0, 0), (1, 0)))
-        - pad(right, ((0, 0), (0, 1)))
+        pad(down, ((0, 0), (1, 0), (0, 0)))
+        - pad(down, ((0, 0), (0, 1), (0, 0)))
+        + pad(right, ((0, 0), (0, 0), (1, 0)))
+        - pad(right, ((0, 0), (0, 0), (0, 1)))
     )
 
 
 def _lengths(q: Array) -> Array:
-    return norm([jnp.moveaxis(q, 0, -1)], axis=-1)[..., 0][None]
+    return norm([q.reshape(-1, *q.shape[2:])], axis=0)[None]
 
 
 def _onto_discs(q: Array, t: Array) -> Array:
@@ -232,14 +240,25 @@ def _ahead(p: Array, v: Array) -> Array:
     return p + _STEP * _gradient(v - _transposed(p))
 
 
+@functools.partial(jax.jit, inline=True)
+def _images(v: Array, t: Array) -> Array:
+    """Images v [images, height, width] with a threshold each; the parts of complex ones are two channels."""
+    if not jnp.iscomplexobj(v):
+        return jax.vmap(_denoise)(v[:, None], t)[:, 0]
+    y = jax.vmap(_denoise)(jnp.stack([v.real, v.imag], axis=1), t)
+    return jax.lax.complex(y[:, 0], y[:, 1])
+
+
 def _denoise(v: Array, t: Array) -> Array:
-    center = jnp.mean(jax.lax.stop_gradient(v))
-    size = jnp.max(jnp.abs(jax.lax.stop_gradient(v) - center))
-    unit = jnp.where((size > 0) & (size < jnp.inf), size, 1)
-    x, t = (v - center) / unit, t / unit
+    """One image v [channels, height, width], whose channels jump together."""
+    unit = magnitude(v)
+    v, t = v / unit, t / unit
+    center = jnp.mean(jax.lax.stop_gradient(v), axis=(1, 2), keepdims=True)
+    size = magnitude(v - center)
+    x, t = (v - center) / size, t / size
     p, sound = _dual(*jax.lax.stop_gradient((x, t)))
     p = moving(p, (x, t), _dual_tangent)
-    return jnp.where(sound, center + unit * (x - _transposed(p)), jnp.nan)
+    return unit * nan_unless(sound, center + size * (x - _transposed(p)), v, t)
 
 
 def _dual(v: Array, t: Array) -> tuple[Array, Array]:
@@ -298,7 +317,7 @@ def _solve(q: Array, t: Array, tangential: Array, radial: Array, tol: float | No
     ridge = 100 * jnp.finfo(q.dtype).eps  # holds the null space, which D' does not see, against rounding
 
     def across(w: Array) -> Array:
-        return w - n * jnp.sum(n * w, axis=0, keepdims=True)
+        return w - n * jnp.sum(n * w, axis=(0, 1), keepdims=True)
 
     def curl(w: Array) -> Array:
         return _STEP * _gradient(_transposed(w))
@@ -308,13 +327,21 @@ def _solve(q: Array, t: Array, tangential: Array, radial: Array, tol: float | No
         return stiff * u + root * across(curl(across(root * u)))
 
     b = across(tangential) - root * across(curl(radial))
-    u = differentiable_solve(product, b, lambda matvec, b: cg(tol=tol, max_steps=2000)(matvec, b)[0], symmetric=True)
+
+    def solve(matvec: Any, b: Array) -> Array:
+        unit = magnitude(b)
+        b = b / unit
+        u = cg(tol=tol, max_steps=2000)(matvec, b)[0]
+        near = norm([matvec(u) - b]) <= 1e-2 * norm([b])
+        return unit * jnp.where(near, u, jnp.nan)
+
+    u = differentiable_solve(product, b, solve, symmetric=True)
     return across(root * u) + radial
 
 
 def _newton_move(q: Array, t: Array, move: Array) -> Array:
     _, n, root = _frame(q, t)
-    radial = n * jnp.sum(n * move, axis=0, keepdims=True)
+    radial = n * jnp.sum(n * move, axis=(0, 1), keepdims=True)
     return _solve(q, t, (move - radial) / jnp.where(root > 0, root, 1), radial, tol=1e-5)
 
 

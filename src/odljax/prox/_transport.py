@@ -1,5 +1,6 @@
 """Projections of matrices onto the transport polytope, Euclidean and Kullback-Leibler, by Newton's method on a dual."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from ..iterations import Iteration
 from ..linear import LinearSolver
 from ..operators import Operator
 from ..solvers import until_converged
-from ._leafwise import fit, flatten, pair, spread, widest
+from ._leafwise import fit, flatten, nan_unless, pair, spread, widest
 from ._simplex import floor, simplex_threshold
 
 # (scores, column sums) -> (plan, the weights of the dual's Hessian, the dual's terms)
@@ -202,7 +203,7 @@ def _on_matrices(who: str, columns: Columns, v: PyTree, row_sums: PyTree, column
             _as_rank(fit(who, f"column_sums{at}", cols, x.dtype, by_column), len(by_column)), by_column
         )
         flat = (x.reshape(-1, *shape[-2:]), rows.reshape(-1, shape[-2]), cols.reshape(-1, shape[-1]))
-        plan = jax.vmap(lambda x, rows, cols: _plan(who, columns, x, rows, cols))(*flat)
+        plan = _plans(who, columns, *flat)
         results.append(plan.reshape(shape).astype(dtype))
     return jax.tree.unflatten(structure, results)
 
@@ -220,6 +221,11 @@ class _Semidual(NamedTuple):
     v: Array
     rows: Array
     columns: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _plans(who: str, columns: Columns, *matrices: Array) -> Array:
+    return jax.vmap(functools.partial(_plan, who, columns))(*matrices)
 
 
 def _plan(who: str, columns: Columns, v: Array, rows: Array, cols: Array) -> Array:
@@ -245,7 +251,8 @@ def _plan(who: str, columns: Columns, v: Array, rows: Array, cols: Array) -> Arr
     plan, *_ = columns(theta.v + f[:, None], theta.columns)
     miss = jnp.max(jnp.abs(jnp.sum(jax.lax.stop_gradient(plan), axis=1) - jax.lax.stop_gradient(theta.rows)))
     sound = balanced & (miss <= 10 * tol)
-    return jnp.where(empty & balanced, 0 * v, jnp.where(sound, common * plan, jnp.nan))
+    plan = jnp.where(empty, 0 * v, common * plan)
+    return nan_unless(balanced & (empty | sound), plan, v, rows, cols)
 
 
 def _simplex_columns(scores: Array, sums: Array) -> tuple[Array, Array, Array]:
