@@ -160,6 +160,105 @@ def test_anderson_is_the_secant_method_in_one_unknown(kind):
     agree(iterates, expected, 1e-8)
 
 
+@pytest.mark.parametrize("factor", [None, 0.9, 0.4])
+def test_anderson_is_its_formula_with_mixing_regularisation_and_safeguard(factor):
+    """The weights from the optimality conditions of the constrained least-squares problem, spelled out."""
+    beta, ridge, memory = (lambda k: 0.6 + 0.05 * k), 0.03, 3
+    walk = odl.anderson(
+        LINEAR, memory, mixing=lambda k: 0.6 + 0.05 * k.astype(float), regularization=ridge, safeguard=factor
+    )
+    iterates, _ = path(walk, 9, X0, B)
+    xs, rs, rows, guard, taken_back = [], [], [X0], (None, np.inf, False), 0
+    for k in range(9):
+        x = rows[-1]
+        r = M @ x + B - x
+        xs, rs = [*xs, x][-memory:], [*rs, r][-memory:]
+        n, R = len(rs), np.stack(rs)
+        kkt = np.block([[R @ R.T + ridge * np.max(np.sum(R**2, 1)) * np.eye(n), np.ones((n, 1))], [np.ones(n), 0.0]])
+        alpha = np.linalg.solve(kkt, np.append(np.zeros(n), 1.0))[:n]
+        new = alpha @ (np.stack(xs) + (0.6 + 0.05 * k) * R)
+        if factor is not None:
+            plain, before, fast = guard
+            size = np.linalg.norm(r)
+            worse = fast and not size <= factor * before
+            taken_back += worse
+            new, guard = (plain if worse else new), (x + r, size, not worse)
+        rows.append(new)
+    agree(iterates, rows, 1e-9)
+    assert factor is None or (taken_back > 0) == (factor < 0.9), taken_back
+
+
+def test_accelerations_are_those_of_a_map_of_x():
+    """Momentum is forgotten after each step, so that of the plain step is accelerated; Adam is refused."""
+    f = lambda x, theta: 0.5 * x @ (jnp.asarray(Q) @ x) - theta @ x
+    plain, heavy = odl.gradient_descent(f, 0.1), odl.heavy_ball(odl.gradient_descent(f, 0.1), 0.8)
+    optaxs = odl.from_optax(f, optax.sgd(0.1, momentum=0.8))
+    nested = odl.nesterov(heavy, 0.8, restart=True)
+    for accelerate, walk in ((odl.anderson, optaxs), (odl.broyden, nested), (odl.squarem, heavy)):
+        agree(path(accelerate(walk), 5, START, THETA)[0], path(accelerate(plain), 5, START, THETA)[0])
+    adam = odl.anderson(odl.from_optax(f, optax.adam(0.1)))
+    standard = jax.numpy_dtype_promotion("standard")  # optax knows no strict one
+    with standard, pytest.raises(TypeError, match="needs steps that are a map of x; those of Adam"):
+        odl.for_steps(adam, 2)(START, THETA)
+
+
+def test_squarem_counts_three_steps_a_step():
+    walk = odl.squarem(odl.krasnoselskii_mann(LINEAR, relaxation=lambda k: 1.0 / (k.astype(float) + 2.0)))
+    T = lambda x, k: x + (M @ x + B - x) / (k + 2.0)
+
+    def step(x, k):
+        once = T(x, 3 * k)
+        twice = T(once, 3 * k + 1)
+        r, v = once - x, twice - 2 * once + x
+        a = max(np.linalg.norm(r) / np.linalg.norm(v), 1.0)
+        ahead = x + 2 * a * r + a * a * v
+        target = T(ahead, 3 * k + 2)
+        return target if np.linalg.norm(target - ahead) <= np.linalg.norm(r) else twice
+
+    agree(path(walk, 5, X0, B)[0], walked(step, X0, 5), 1e-9)
+
+
+def test_project_keeps_the_readout():
+    T = odl.operators.Operator(lambda x, theta: 0.5 * x + theta, readout=lambda x, theta: 3.0 * x - theta)
+    projected = odl.project(odl.fixed_point(T), lambda x, theta: jnp.minimum(x, 1.0))
+    assert float(projected.operator.answer(1.0, 2.0)) == 1.0
+
+
+D32 = np.array([1.0, 0.3, 0.1, 0.03], np.float32)
+
+
+def scaled_walks():
+    """On a quadratic in float32, whose steps scale with x and theta."""
+    T = lambda x, theta: x - D32 * (x - theta)
+    f = lambda x, theta: 0.5 * jnp.sum(D32 * (x - theta) ** 2)
+    r = lambda x, theta: jnp.sqrt(D32) * (x - theta)
+    soft = lambda v, theta, step_size: odl.prox.l1(v, 0.1 * theta[0], step_size)
+    return {
+        "restart": odl.nesterov(odl.gradient_descent(f, 1.0), restart=True),
+        "anderson": odl.anderson(T, safeguard=0.5),
+        "anderson type_1": odl.anderson(T, kind=1),
+        "broyden": odl.broyden(T, 3),
+        "squarem": odl.squarem(T),
+        "hager_zhang": odl.line_search(odl.gradient_descent(f, 1.0), f, "hager_zhang"),
+        "backtracking": odl.backtracking(f, soft, step_size=8.0),
+        "gauss_newton": odl.gauss_newton(r, odl.linear.dense()),
+        "levenberg_marquardt": odl.levenberg_marquardt(r, odl.linear.dense()),
+        "hard_thresholding": odl.accelerated_hard_thresholding(f, 2, 0.9),
+    }
+
+
+@pytest.mark.parametrize("name", scaled_walks())
+def test_units_do_not_matter(name):
+    """Scaled by a power of two, 1e-30 to 1e30 in float32, where squares under- and overflow: the same digits."""
+    units = 2.0 ** np.array([0, -100, -60, 60, 100], np.float32)
+    x0, theta = np.array([[0.3, 0.1, 0.0, -0.2], [1.0, -2.0, 0.7, 3.0]], np.float32)
+    solver = odl.for_steps(scaled_walks()[name], 10, record=lambda x, theta, k: x)
+    rows = jax.jit(jax.vmap(lambda unit: solver(unit * x0, unit * theta).history.recorded))(jnp.asarray(units))
+    relative = np.asarray(rows) / units[:, None, None]
+    np.testing.assert_array_equal(relative[1:], np.broadcast_to(relative[0], relative[1:].shape))
+    assert np.abs(np.diff(relative[0], axis=0)).max() > 0.1
+
+
 def kinked(x, theta):
     """Nearly constant steps outside, fast convergence inside: secants across the kinks overshoot, to and fro."""
     return x - 0.5 * jnp.clip(x - theta, -1.0, 1.0) - 1e-3 * (x - theta)
@@ -505,8 +604,20 @@ def test_optimistix_bisection():
     assert Status(int(batch.status[1])) in (Status.STALLED, Status.STEP_BUDGET_SPENT)
 
 
+def test_optax_steps_that_end_elsewhere_have_no_operator():
+    decayed = odl.for_steps(odl.from_optax(bowl, optax.adamw(1e-2)), 3)
+    with pytest.raises(TypeError, match=r"from_optax \(whose tx moves x where the gradient is zero"):
+        odl.implicit(decayed)
+    for tx in (optax.adam(1e-2), optax.chain(optax.clip(1.0), optax.sgd(1e-2, momentum=0.9)), optax.lbfgs()):
+        assert odl.from_optax(bowl, tx).operator is not None
+
+
 def test_optax_line_searches_are_reached_through_optax():
     tx = optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(max_linesearch_steps=20))
+    for rule in (odl.forward, odl.unrolled):
+        solver = rule(odl.for_steps(odl.from_optax(bowl, tx), 3))
+        with pytest.raises(TypeError, match="line search in tx has no derivative through its steps"):
+            jax.jvp(lambda theta: solver(START, theta).x, (jnp.asarray(THETA),), (jnp.asarray(THETA),))
     with jax.numpy_dtype_promotion("standard"):
         solver = odl.until_converged(odl.from_optax(bowl, tx), tol=1e-6, max_steps=100)
         solution = solver(jnp.asarray(START), jnp.asarray(THETA))

@@ -326,10 +326,11 @@ def _moves_at_rest(tx: optax.GradientTransformationExtraArgs) -> bool:
         return tx.update(jnp.asarray(zeros), state, x, value=zero, grad=jnp.asarray(zeros), value_fn=lambda x: zero)[0]
 
     try:
-        if not any(partial_eval.dce_jaxpr(jax.make_jaxpr(first_update)(at).jaxpr, [True])[1]):  # does not look at x
-            return False
-        with jax.ensure_compile_time_eval():
-            return bool(np.any(np.asarray(jax.jit(first_update)(at))))
+        with jax.numpy_dtype_promotion("standard"):  # optax knows no strict one
+            if not any(partial_eval.dce_jaxpr(jax.make_jaxpr(first_update)(at).jaxpr, [True])[1]):  # x does not enter
+                return False
+            with jax.ensure_compile_time_eval():
+                return bool(np.any(np.asarray(jax.jit(first_update)(at))))
     except Exception:  # masks and labels of another tree, traced settings: not known
         return False
 

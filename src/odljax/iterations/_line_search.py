@@ -125,8 +125,10 @@ def value_and_slope(
 
 def _close(a: Array, b: Array) -> Array:
     """Whether slopes tell more than the difference of two values of the objective: these agree to half their digits, or
-    the one at x, b, overflows."""
-    return (jnp.abs(a - b) <= float(jnp.finfo(b.dtype).eps) ** 0.5 * jnp.abs(b)) | jnp.isinf(b)
+    the one at x, b, over- or underflows."""
+    info = jnp.finfo(b.dtype)
+    beyond = jnp.isinf(b) | (jnp.abs(b) < float(info.tiny) / float(info.eps))
+    return (jnp.abs(a - b) <= float(info.eps) ** 0.5 * jnp.abs(b)) | beyond
 
 
 class Bracket(NamedTuple):
