@@ -179,10 +179,10 @@ def test_the_dual_of_a_support_vector_machine_on_breast_cancer():
 def test_box_program_against_an_active_set_method():
     from scipy.optimize import lsq_linear
 
-    want = lsq_linear(SMALL, TARGET, (-0.2, 0.1), method="bvls", tol=1e-14).x
+    want = lsq_linear(SMALL, TARGET, (-0.6, 0.3), method="bvls", tol=1e-14).x
     # Of a P that is not symmetric its symmetric part counts.
     skew = np.triu(np.ones((5, 5))) - np.tril(np.ones((5, 5)))
-    T = box_quadratic_program(SMALL.T @ SMALL + skew, -SMALL.T @ TARGET, jnp.full(5, -0.2), jnp.full(5, 0.1))
+    T = box_quadratic_program(SMALL.T @ SMALL + skew, -SMALL.T @ TARGET, jnp.full(5, -0.6), jnp.full(5, 0.3))
     solution = solve(T, jnp.zeros(5), None)
     np.testing.assert_allclose(solution.x, want, rtol=0, atol=1e-9)
     np.testing.assert_allclose(displacement(T, jnp.ones(5), None), np.ones(5) - T(jnp.ones(5), None), atol=1e-14)

@@ -9,11 +9,11 @@ import odljax as odl
 
 PROBLEM = odl.problems.ridge(20, 3)
 
-# Inner objective: once for the step, once for the residual that is tested (twice where the first and the last are
-# reported), once for the derivative in x and once in theta where there is an adjoint system.
+# Inner objective: once for the step, once for the residual that is tested and once for its shapes (twice where the first
+# and the last are reported), once for the derivative in x and once in theta where there is an adjoint system.
 BOUNDS = {
     "implicit": ({"inner": 4, "outer": 1}, lambda i: odl.implicit(odl.until_converged(i, tol=1e-8, max_steps=50))),
-    "unrolled": ({"inner": 2, "outer": 1}, lambda i: odl.unrolled(odl.until_converged(i, tol=1e-8, max_steps=50))),
+    "unrolled": ({"inner": 3, "outer": 1}, lambda i: odl.unrolled(odl.until_converged(i, tol=1e-8, max_steps=50))),
     "checkpointed": ({"inner": 4, "outer": 1}, lambda i: odl.unrolled(odl.for_steps(i, 50), checkpoint_every=8)),
     "truncated": ({"inner": 4, "outer": 1}, lambda i: odl.truncated(odl.for_steps(i, 50), num_steps=10)),
     "one_step": ({"inner": 5, "outer": 1}, lambda i: odl.one_step(odl.for_steps(i, 50))),
@@ -65,7 +65,7 @@ def test_plain_grad_traces_a_bounded_number_of_times(derivative):
     solver = getattr(odl, derivative)(odl.for_steps(iteration, 30))
     gradient = jax.jit(jax.grad(lambda theta: PROBLEM.outer(solver(PROBLEM.x0, theta).x, theta)))
     gradient(PROBLEM.theta)
-    assert counts["inner"] <= 4
+    assert counts["inner"] <= 5  # the first residual and the last tell whether the steps arrived
     before = counts["inner"]
     gradient(PROBLEM.theta + 1)
     assert counts["inner"] == before
