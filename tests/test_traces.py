@@ -9,8 +9,8 @@ import odljax as odl
 
 PROBLEM = odl.problems.ridge(20, 3)
 
-# Inner objective: once for the step, once for the residual that is tested and once for its shapes (twice where the first
-# and the last are reported), once for the derivative in x and once in theta where there is an adjoint system.
+# Inner objective: once for the step, once for the residual that is tested and once for its shapes (twice where the
+# first and the last are reported), once for the derivative in x and once in theta where there is an adjoint system.
 BOUNDS = {
     "implicit": ({"inner": 4, "outer": 1}, lambda i: odl.implicit(odl.until_converged(i, tol=1e-8, max_steps=50))),
     "unrolled": ({"inner": 3, "outer": 1}, lambda i: odl.unrolled(odl.until_converged(i, tol=1e-8, max_steps=50))),
