@@ -117,7 +117,8 @@ class LinearSolver:
     def __call__(self, matvec: MatVec, b: Any, guess: Any = None) -> tuple[Any, LinearInfo]:
         if not _tree.real_size(b):
             nothing = jnp.zeros((), _tree.accumulation_dtype(b))
-            return b, LinearInfo(nothing, *jnp.zeros(2, jnp.int32), nothing)
+            none = jnp.zeros((), jnp.int32)  # products, and CONVERGED
+            return b, LinearInfo(nothing, none, none, nothing)
         unit = _tree.magnitude(b)
         right = _in_units(b, unit)
         size, start, rest = _tree.norm(right), None, right
