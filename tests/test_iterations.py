@@ -163,10 +163,8 @@ def test_anderson_is_the_secant_method_in_one_unknown(kind):
 @pytest.mark.parametrize("factor", [None, 0.9, 0.4])
 def test_anderson_is_its_formula_with_mixing_regularisation_and_safeguard(factor):
     """The weights from the optimality conditions of the constrained least-squares problem, spelled out."""
-    beta, ridge, memory = (lambda k: 0.6 + 0.05 * k), 0.03, 3
-    walk = odl.anderson(
-        LINEAR, memory, mixing=lambda k: 0.6 + 0.05 * k.astype(float), regularization=ridge, safeguard=factor
-    )
+    beta, ridge, memory = (lambda k: 0.6 + 0.05 * k.astype(float)), 0.03, 3
+    walk = odl.anderson(LINEAR, memory, mixing=beta, regularization=ridge, safeguard=factor)
     iterates, _ = path(walk, 9, X0, B)
     xs, rs, rows, guard, taken_back = [], [], [X0], (None, np.inf, False), 0
     for k in range(9):
@@ -451,6 +449,9 @@ def test_backtracking_is_its_formula_and_its_momentum_is_fista():
         agree(solution.x, solutions[1].x, 1e-9)
     assert float(solutions[0].state.fraction) > 0.01  # rounding near the solution has not shrunk it
     assert int(solutions[0].num_steps) < int(solutions[1].num_steps)
+    shallow = lambda x, theta: 5e-3 * jnp.sum(jnp.array([1.0, 0.2, 0.1]) * (x - theta) ** 2)  # 1/L is 100
+    count = lambda walk: int(odl.until_converged(walk, tol=1e-9, max_steps=20_000)(START, THETA).num_steps)
+    assert 20 * count(odl.backtracking(shallow, step_size=1.0)) < count(odl.gradient_descent(shallow, 1.0))
 
 
 def test_polyak_comes_nearer_at_each_step_without_a_constant():

@@ -274,7 +274,10 @@ SOLVERS = {
         theirs(jaxopt.Bisection(cubic, 0.0, 2.0, maxiter=100, tol=1e-13, check_bracket=False), None),
         solution(
             odl.from_optimistix(
-                optimistix.Bisection(rtol=1e-14, atol=1e-14), cubic, "root_find", options={"lower": 0.0, "upper": 2.0}
+                optimistix.Bisection(rtol=1e-14, atol=1e-14, flip=False),
+                cubic,
+                "root_find",
+                options={"lower": 0.0, "upper": 2.0},
             ),
             jnp.asarray(1.0),
         ),
@@ -506,6 +509,27 @@ def test_its_default_adjoint_squares_the_condition():
     ours = jax.grad(lambda theta: jnp.sum(solver(start, theta).x))(theta)
     assert abs(float(ours) / truth - 1) < 1e-3
     assert abs(float(their) / truth - 1) > 3 * abs(float(ours) / truth - 1)
+
+
+def test_what_the_guide_says_of_rows_of_tolerances_and_of_steps_by_hand():
+    """Rows or all entries; a tolerance that is the gradient's, whatever the step; the loop that JAXopt calls update."""
+    v = jnp.asarray([[3.0, 0.0], [0.0, 0.5], [1.0, 1.0]])
+    for name in ("l1_ball", "l1_sphere", "l2_ball", "l2_sphere"):
+        together = getattr(prox, name)(v, 1.0)
+        want = getattr(projection, f"projection_{name}")(v.ravel(), 1.0).reshape(v.shape)
+        np.testing.assert_allclose(together, want, atol=1e-12)
+        rows = jnp.stack([getattr(prox, name)(row, 1.0) for row in v])
+        assert float(jnp.abs(together - rows).max()) > 0.1
+    for step in (STEP, 0.05 * STEP):
+        their = jaxopt.GradientDescent(ridge, stepsize=step, acceleration=False, tol=1e-5, maxiter=5000)
+        theirs, descent = their.run(START, SCALE).state, odl.gradient_descent(ridge, step)
+        ours = odl.until_converged(descent, tol=1e-5, max_steps=5000)
+        assert abs(int(theirs.iter_num) - int(ours(START, SCALE).num_steps)) <= 1
+    walk = odl.gradient_descent(ridge, STEP)
+    x, state = START, walk.init(START, SCALE)
+    for k in range(3):
+        x, state = walk.step(x, state, SCALE, jnp.asarray(k))
+    np.testing.assert_allclose(x, odl.for_steps(walk, 3)(START, SCALE).x, rtol=1e-12)
 
 
 # ---- the guide -------------------------------------------------------------------------------------------------------
