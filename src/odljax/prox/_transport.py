@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from .._tree import power_of_two
 from .._types import Float, PyTree
 from ..derivatives import implicit
 from ..iterations import Iteration
@@ -16,6 +17,7 @@ from ..linear import LinearSolver
 from ..operators import Operator
 from ..solvers import until_converged
 from ._leafwise import fit, flatten, nan_unless, pair, spread, widest
+from ._proximal_point import Penalty, proximal_point
 from ._simplex import floor, simplex_threshold
 
 # (scores, column sums) -> (plan, the weights of the dual's Hessian, the dual's terms)
@@ -247,12 +249,53 @@ def _plan(who: str, columns: Columns, v: Array, rows: Array, cols: Array) -> Arr
     tol = jnp.minimum(10 * jnp.finfo(v.dtype).eps * (1 + jnp.max(finite)), 1e-3)
     iteration = _newton(who, columns)
     solver = implicit(until_converged(iteration, tol=tol, max_steps=_STEPS), _pseudo_inverse(), on_failure="ignore")
-    f = solver(jnp.zeros_like(rows), theta).x
+    start = jnp.zeros_like(rows)
+    if columns is _simplex_columns:
+        start = _row_potentials(*jax.lax.stop_gradient(theta))
+    f = solver(start, theta).x
     plan, *_ = columns(theta.v + f[:, None], theta.columns)
     miss = jnp.max(jnp.abs(jnp.sum(jax.lax.stop_gradient(plan), axis=1) - jax.lax.stop_gradient(theta.rows)))
     sound = balanced & (miss <= 10 * tol)
     plan = jnp.where(empty, 0 * v, common * plan)
     return nan_unless(balanced & (empty | sound), plan, v, rows, cols)
+
+
+def _row_potentials(v: Array, rows: Array, columns: Array) -> Array:
+    """f of the plan max(v + f 1' + 1 g', 0), by proximal points of the dual: whatever the sums, and how many are tied."""
+    m, n = v.shape
+    allowed = jnp.isfinite(v)
+    finite = jnp.where(allowed, v, 0)
+    unit = power_of_two(jnp.maximum(jnp.max(jnp.abs(finite)), jnp.max(rows)))
+    along, across = n**-0.5, m**-0.5  # equations of length 1
+
+    def apply(x: Array) -> Array:
+        x = jnp.where(allowed, x.reshape(m, n), 0)
+        return jnp.concatenate([along * jnp.sum(x, axis=1), across * jnp.sum(x, axis=0), -x.ravel()])
+
+    def adjoint(u: Array) -> Array:
+        x = along * u[:m, None] + across * u[m : m + n] - u[m + n :].reshape(m, n)
+        return jnp.where(allowed, x, 0).ravel()
+
+    def project(p: Array) -> Array:
+        return jnp.where((jnp.arange(p.size) < m + n) | (p > 0), p, 0)
+
+    def solve(p: Array, sigma: Array, r: Array) -> Array:
+        inverse = 1 / (1 + jnp.where(p[m + n :] > 0, sigma, 0))
+        shown = jnp.where(allowed, inverse.reshape(m, n), 0)
+        inner = jnp.block(
+            [
+                [jnp.diag(along**2 * jnp.sum(shown, axis=1)), along * across * shown],
+                [along * across * shown.T, jnp.diag(across**2 * jnp.sum(shown, axis=0))],
+            ]
+        )
+        inner = inner + jnp.eye(m + n, dtype=v.dtype) / sigma
+        both = jnp.linalg.solve(inner, apply(inverse * r)[: m + n])
+        return inverse * (r - adjoint(jnp.concatenate([both, jnp.zeros(m * n, v.dtype)])))
+
+    sides = jnp.concatenate([along * rows, across * columns, jnp.zeros(m * n, v.dtype)]) / unit
+    penalty = Penalty(apply, sides, adjoint, project, solve)
+    point = proximal_point((finite / unit).ravel(), jnp.zeros_like(sides), penalty)
+    return -unit * along * point.w[:m]
 
 
 def _simplex_columns(scores: Array, sums: Array) -> tuple[Array, Array, Array]:
@@ -302,8 +345,9 @@ def _newton(who: str, columns: Columns) -> Iteration[Array, _Semidual]:
 
     def init(f: Array, theta: _Semidual) -> Array:
         finite = jnp.where(jnp.isfinite(theta.v), theta.v, 0)
-        unit = 1.0 if columns is _softmax_columns else 1.0 / theta.v.shape[0]
-        return jnp.minimum(1, unit / jnp.maximum(jnp.max(jnp.abs(finite)), unit)).astype(f.dtype)
+        if columns is _simplex_columns:  # it starts where it ends, but for rounding
+            return jnp.ones((), f.dtype)
+        return (1 / jnp.maximum(jnp.max(jnp.abs(finite)), 1)).astype(f.dtype)
 
     def step(f: Array, scale: Array, theta: _Semidual, k: Array) -> tuple[Array, Array]:
         own = scaled(theta, scale)
@@ -319,18 +363,24 @@ def _newton(who: str, columns: Columns) -> Iteration[Array, _Semidual]:
 
         slope = jnp.sum(gap * direction)
 
-        def worse(carry: tuple[Array, Array]) -> Array:
-            t, halvings = carry
-            ahead = f + t * direction
+        def halve(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            t, halvings, _ = carry
+            ahead = f + t / 2 * direction
             plan, _, terms = columns(own.v + ahead[:, None], own.columns)
-            lower = jnp.sum(terms) - jnp.sum(own.rows * ahead) <= value + 1e-3 * t * slope
+            lower = jnp.sum(terms) - jnp.sum(own.rows * ahead) <= value + 1e-3 * t / 2 * slope
             nearer = jnp.linalg.norm(jnp.sum(plan, axis=1) - own.rows) <= 0.5 * size  # where values only round
-            return (halvings < _HALVINGS) & ~(lower | nearer)
+            return t / 2, halvings + 1, lower | nearer
 
-        start = (jnp.ones_like(size), jnp.zeros((), int))
-        t, halvings = jax.lax.while_loop(worse, lambda carry: (carry[0] / 2, carry[1] + 1), start)
-        # Where Newton's direction is of no use, one sweep of coordinate descent (Sinkhorn's) never is of none.
-        f = jnp.where(halvings < _HALVINGS, f + t * direction, f + rows(own.v, f, plan, own))
+        # The verdict is carried: computed again in the condition, compiled another way, it may differ, and never end.
+        start = (2 * jnp.ones_like(size), jnp.full((), -1), jnp.zeros((), bool))
+        t, _, found = jax.lax.while_loop(lambda carry: ~carry[2] & (carry[1] < _HALVINGS), halve, start)
+        # Where Newton's direction is of no use, one sweep of coordinate descent (Sinkhorn's) never is of none; and only
+        # that brings in a row of which no entry is positive.
+        f = jnp.where(found, f + t * direction, f)
+        plan = columns(own.v + f[:, None], own.columns)[0]
+        swept = f + rows(own.v, f, plan, own)
+        lost = jnp.any((jnp.sum(plan, axis=1) == 0) & (own.rows > 0))
+        f = jnp.where(~found | lost | (k % 4 == 3), swept, f)
         solved = jnp.linalg.norm(excess(f, own)) <= 0.1 * jnp.max(theta.rows)
         larger = jnp.where(solved, jnp.minimum(1, 4 * scale), scale)
         return f * (larger / scale), larger
