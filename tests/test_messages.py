@@ -109,7 +109,7 @@ def rows(*table):
             rf"chambolle_pock: {name} must keep the shapes and dtypes of {like}; leaf \(itself\) came back as {came}",
             lambda name=name: operators.chambolle_pock(
                 **(dict.fromkeys(("prox_g", "prox_h"), identity_prox) | {"linear": lambda x, theta: x[:2]})
-                | {name: lambda v, theta, step_size=None: v[:1]},
+                | {name: (lambda x, theta: x[:1]) if name == "linear" else (lambda v, theta, step_size: v[:1])},
                 step_size=1.0,
                 dual_step_size=1.0,
             )(operators.PrimalDual(jnp.ones(3), jnp.ones(2)), 1.0),
@@ -682,17 +682,17 @@ def test_more_truncated_steps_than_steps():
     (
         "solver of a function",
         TypeError,
-        r"for_steps: iteration must be a Iteration; a function came\. Wrap a map T\(x, theta\) in "
+        r"for_steps: iteration must be an Iteration; a function came\. Wrap a map T\(x, theta\) in "
         r"odl\.fixed_point\(T\)",
         lambda: odl.for_steps(lambda x, theta: x, 3),
     ),
     (
         "derivative of an iteration",
         TypeError,
-        r"implicit: solver must be a Solver; a Iteration came\. Make one with for_steps or until_converged",
+        r"implicit: solver must be a Solver; an Iteration came\. Make one with for_steps or until_converged",
         lambda: odl.implicit(LINE),
     ),
-    ("unrolled", TypeError, r"unrolled: solver must be a Solver; a Iteration came", lambda: odl.unrolled(LINE)),
+    ("unrolled", TypeError, r"unrolled: solver must be a Solver; an Iteration came", lambda: odl.unrolled(LINE)),
     ("truncated", TypeError, r"truncated: solver must be a Solver", lambda: odl.truncated(LINE, num_steps=1)),
     ("through", TypeError, r"through: solver must be a Solver", lambda: odl.hypergradients.through(LINE, square)),
     (
