@@ -66,4 +66,4 @@ def hard_thresholding(
     def apply(x: Any, theta: Any) -> Any:
         return forward_backward_step(objective, threshold, x, theta, step(theta))[1]
 
-    return Operator(apply, displacement, name=who)
+    return Operator(apply, displacement, step_size=step, name=who)
