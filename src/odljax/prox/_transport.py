@@ -261,7 +261,7 @@ def _plan(who: str, columns: Columns, v: Array, rows: Array, cols: Array) -> Arr
 
 
 def _row_potentials(v: Array, rows: Array, columns: Array) -> Array:
-    """f of the plan max(v + f 1' + 1 g', 0), by proximal points of the dual: whatever the sums, and how many are tied."""
+    """f of the plan max(v + f 1' + 1 g', 0), by proximal points of the dual: whatever the sums."""
     m, n = v.shape
     allowed = jnp.isfinite(v)
     finite = jnp.where(allowed, v, 0)
