@@ -203,6 +203,32 @@ def test_checkpointing_changes_nothing_and_a_warm_start_goes_on():
     assert further.history.residual[0] == info.inner_residual
 
 
+@pytest.mark.parametrize("name", ["hodl", "bda"])
+def test_a_warm_start_keeps_the_last_finite_iterate(name):
+    problem = odl.problems.p_c(1.0)
+    if name == "hodl":
+        hyper = hodl(problem.T, problem.outer, num_steps=4, warm_start=True)
+    else:
+        hyper = odl.hypergradients.bda(problem.objective, problem.outer, num_steps=4, step_size=0.5, warm_start=True)
+    start = hyper.init(problem.theta, problem.x0)
+    _, state, info = hyper.update(jnp.asarray(jnp.nan), start)
+    assert int(info.status) == odl.Status.NON_FINITE
+    np.testing.assert_array_equal(state.x, problem.x0)
+    _, after, info = hyper.update(problem.theta, state)
+    np.testing.assert_array_equal(after.x, info.x)
+    assert np.isfinite(after.x).all()
+
+
+def test_the_default_step_of_the_outer_loss_falls_like_one_over_k():
+    problem = odl.problems.p_c(1.0)
+    default = hodl(problem.T, problem.outer, num_steps=4)
+    spelled = hodl(problem.T, problem.outer, num_steps=4, step_size=lambda k: 1 / (k.astype(float) + 1))
+    state = default.init(problem.theta, problem.x0)
+    np.testing.assert_allclose(
+        default.update(problem.theta, state)[0], spelled.update(problem.theta, state)[0], rtol=1e-13
+    )
+
+
 def test_data_reaches_the_outer_loss_and_its_aggregation():
     problem = odl.problems.p_c(1.0)
     outer = lambda u, w, shift: problem.outer(u, w) + jnp.sum(shift * u)

@@ -80,3 +80,21 @@ def test_truncated_costs_its_last_steps():
     full = temporary_bytes(lambda i: odl.for_steps(i, STEPS))
     assert bytes_of[20] - bytes_of[10] <= 1.1 * full / STEPS * 10 + 4 * ITERATE
     assert bytes_of[10] < full / 3
+
+
+@pytest.mark.parametrize("name", ["hodl", "bda"])
+def test_checkpoints_of_aggregated_walks_save_memory(name):
+    def bytes_of(**options):
+        def gradient(A, theta):
+            outer = lambda x, theta: jnp.sum(x**2)
+            if name == "hodl":
+                walk = odl.operators.gradient(nonlinear(A), 1e-4)
+                hyper = odl.hypergradients.hodl(walk, outer, num_steps=STEPS, **options)
+            else:
+                hyper = odl.hypergradients.bda(nonlinear(A), outer, num_steps=STEPS, step_size=1e-4, **options)
+            return hyper.update(theta, hyper.init(theta, jnp.zeros(COLUMNS)))[0]
+
+        shapes = (jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float64), jax.ShapeDtypeStruct((), jnp.float64))
+        return jax.jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_of(checkpoint_every=10) < bytes_of() / 3

@@ -107,7 +107,7 @@ def bda(
             weight=weight,
             step_size=step_size if outer_step_size is None else outer_step_size,
         )
-        solver = unrolled(for_steps(walk, num_steps), checkpoint_every=checkpoint_every)
+        solver = unrolled(for_steps(walk, num_steps), checkpoint_every=checkpoint_every, on_failure="ignore")
 
         def value_of(theta: Theta) -> Any:
             x = solver(started(who, start, theta, state.x), theta).x

@@ -140,7 +140,7 @@ def hodl(
             walk = project(walk, projection)
         record = None if watched is not None else lambda x, theta, k: residual_at(base, x, theta)
         solver = for_steps(walk, num_steps, record=record)
-        return unrolled(solver, checkpoint_every=checkpoint_every), loss
+        return unrolled(solver, checkpoint_every=checkpoint_every, on_failure="ignore"), loss  # the info says it
 
     def init(theta: Theta, x0: X, *data: Any) -> WalkState:
         differentiable(who, theta)

@@ -119,7 +119,8 @@ def _from(who: str, start: Any, theta: Any) -> Any:
 
 
 def _walk(f: Loss, step_size: Coefficient, num_steps: int, checkpoint_every: int | None = None) -> Solver:
-    return unrolled(for_steps(gradient_descent(f, step_size), num_steps), checkpoint_every=checkpoint_every)
+    steps = for_steps(gradient_descent(f, step_size), num_steps)
+    return unrolled(steps, checkpoint_every=checkpoint_every, on_failure="ignore")  # the info says what failed
 
 
 def _slope(f: Loss, x: Any, theta: Any) -> Array:

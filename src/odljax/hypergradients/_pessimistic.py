@@ -118,6 +118,7 @@ def pessimistic(
         walk = for_steps(_watching(solver.iteration, loss), solver.num_steps, history=solver.history, record=recorded)
         if solver.differentiate is not None:
             walk = solver.differentiate(walk)
+            walk = walk.quiet or walk  # the info says what failed
 
         def value_of(theta: Theta) -> Any:
             x0 = started(who, start, theta, state.x)
