@@ -94,4 +94,4 @@ def test_refusals(call, error, words):
 
 
 def test_a_traced_coefficient_is_not_refused():
-    assert jax.jit(prox.l1)(jnp.ones(2), -1.0).tolist() == [2.0, 2.0]
+    assert np.all(np.isnan(jax.jit(prox.l1)(jnp.ones(2), -1.0)))

@@ -229,7 +229,7 @@ def _solve(v: Array, t: Array, inside: Array) -> tuple[Array, Array, Array]:
 
 def _less_ranks(diagonal: Array, weights: Array, rows: Array, r: Array) -> Array:
     """(D - rows' W rows)^-1 r for diagonal matrices D and W, by a system of the number of rows, refined once."""
-    inner = jnp.eye(weights.size, dtype=r.dtype) - weights[:, None] * ((rows / diagonal) @ rows.T)
+    inner = jnp.eye(weights.size, dtype=r.dtype) - weights[:, None] * ((rows / diagonal[None]) @ rows.T)
 
     def solve(r: Array) -> Array:
         solved = r / diagonal

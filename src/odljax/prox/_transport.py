@@ -273,7 +273,7 @@ def _row_potentials(v: Array, rows: Array, columns: Array) -> Array:
         return jnp.concatenate([along * jnp.sum(x, axis=1), across * jnp.sum(x, axis=0), -x.ravel()])
 
     def adjoint(u: Array) -> Array:
-        x = along * u[:m, None] + across * u[m : m + n] - u[m + n :].reshape(m, n)
+        x = along * u[:m, None] + across * u[None, m : m + n] - u[m + n :].reshape(m, n)
         return jnp.where(allowed, x, 0).ravel()
 
     def project(p: Array) -> Array:
