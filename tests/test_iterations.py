@@ -546,6 +546,20 @@ def test_levenberg_marquardt_is_its_formula():
     agree(iterates[-1], [1.0, 1.0], 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_levenberg_marquardt_gets_over_a_cautious_start(dtype):
+    """Whatever the first damping, and the unit of the residual: a linear problem of condition 1e4 (that of J^T J)."""
+    A, b = np.diag([1.0, 0.1, 0.01]).astype(dtype), np.ones(3, dtype)
+
+    def solve(damping, unit):
+        walk = odl.levenberg_marquardt(lambda x, theta: unit * (A @ x - b), odl.linear.dense(), damping=damping)
+        return odl.for_steps(walk, 80)(np.zeros(3, dtype), None)
+
+    cases = np.array([[1e-3, 1.0], [1e9, 1.0], [1e-3, 1e-8], [1e-3, 1e8]], dtype)
+    solutions = jax.jit(jax.vmap(lambda case: solve(*case)))(jnp.asarray(cases))
+    agree(solutions.x, np.tile([1.0, 10.0, 100.0], (4, 1)), 1e-10 if dtype == np.float64 else 1e-2)
+
+
 # ---- optimistix ------------------------------------------------------------------------------------------------------
 
 
@@ -586,6 +600,19 @@ def test_optimistix_walks_as_in_its_own_loop_and_is_differentiated_by_ours(name)
     own = getattr(optimistix, problem)(function, solver, start, jnp.asarray(THETA), max_steps=400).value
     agree(x, own, 1e-7)
     agree(jacobian, np.linalg.inv(Q + np.diag(3 * np.asarray(x) ** 2)), 1e-6)
+
+
+def test_optimistix_sees_complex_unknowns_as_pairs():
+    import optimistix
+
+    weights, target = np.array([1.0, 3.0], complex), jnp.asarray([1 + 2j, -0.5 + 0.7j])
+    miss = lambda z, theta: jnp.sqrt(weights) * (z - theta)
+    dogleg = odl.from_optimistix(optimistix.Dogleg(rtol=1e-9, atol=1e-9), miss, "least_squares")
+    newton = odl.from_optimistix(optimistix.Newton(rtol=1e-12, atol=1e-12), lambda z, theta: z**2 - theta, "root_find")
+    for walk, start, want in ((dogleg, 0.1 * target, target), (newton, np.sqrt(target) + 0.05, np.sqrt(target))):
+        solution = odl.until_converged(walk, tol=1e-8, max_steps=50)(start, target)
+        assert Status(int(solution.status)) is Status.CONVERGED
+        agree(solution.x, want, 1e-8)
 
 
 def test_optimistix_bisection():
