@@ -199,7 +199,7 @@ def _solve(v: Array, t: Array, inside: Array) -> tuple[Array, Array, Array]:
 
     zero = jnp.zeros(inside.shape, v.dtype)
     point = proximal_point(v, zero, Penalty(apply, zero, adjoint, project, solve))
-    eps, whole = jnp.finfo(v.dtype).eps, norm([v])
+    eps, whole = float(jnp.finfo(v.dtype).eps), norm([v])
 
     def finished(level: float) -> tuple[Array, Array, Array]:
         """With groups of a length below `level` taken for 0: x, its free entries, and the size of a subgradient."""
