@@ -122,7 +122,7 @@ def test_a_step_is_that_of_the_equilibrated_program():
     P, q, A, lower, upper = map(np.asarray, PROGRAM)
     P, q, A = stretch[:, None] * P * stretch, stretch * q, height[:, None] * A * stretch
     lower, upper = height * lower, height * upper
-    d, e, c = np.ones(N), np.ones(M), 1.0
+    d, e, c = np.ones(N), np.full(M, 1 / np.abs(A).max()), 1 / np.abs(P).max()
     for _ in range(10):
         curved, image = c * np.abs(d[:, None] * P * d), np.abs(e[:, None] * A * d)
         d, e = d / np.sqrt(np.maximum(curved.max(0), image.max(0))), e / np.sqrt(image.max(1))
@@ -282,6 +282,130 @@ def test_the_adaptive_penalty_makes_good_for_a_wrong_one():
     assert odl.check(ends[20]).num_steps.max() < 300
     for x in ends[20].x.x:
         np.testing.assert_allclose(x, solve(PROGRAM).x.x, rtol=0, atol=1e-8)
+
+
+# ---- the problem families of OSQP ------------------------------------------------------------------------------------
+
+
+def sparse(rng, *shape):
+    return rng.standard_normal(shape) * (rng.random(shape) < 0.5)
+
+
+def family_random(rng, n=10, m=24):
+    root = sparse(rng, n, n)
+    return root @ root.T + 1e-2 * np.eye(n), rng.standard_normal(n), sparse(rng, m, n), -rng.random(m), rng.random(m)
+
+
+def family_equality(rng, n=16, m=8):
+    root, A = sparse(rng, n, n), sparse(rng, m, n)
+    b = A @ rng.standard_normal(n)
+    return root @ root.T + 1e-2 * np.eye(n), rng.standard_normal(n), A, b, b
+
+
+def family_portfolio(rng, n=20, k=3):
+    factors, zero = sparse(rng, n, k), np.zeros
+    A = np.block([[factors.T, -np.eye(k)], [np.ones((1, n)), zero((1, k))], [np.eye(n), zero((n, k))]])
+    P = np.diag(np.r_[2 * rng.random(n) * k**0.5, np.full(k, 2.0)])
+    q = np.r_[-rng.standard_normal(n), zero(k)]
+    return P, q, A, np.r_[zero(k), 1, zero(n)], np.r_[zero(k), 1, np.full(n, INF)]
+
+
+def family_lasso(rng, n=5, m=14):
+    X, one, zero = rng.standard_normal((m, n)), np.eye(n), np.zeros
+    b = X @ (rng.standard_normal(n) * (rng.random(n) < 0.5) / n**0.5) + rng.standard_normal(m)
+    A = np.block([[X, -np.eye(m), zero((m, n))], [one, zero((n, m)), -one], [one, zero((n, m)), one]])
+    q = np.r_[zero(n + m), np.full(n, np.abs(X.T @ b).max() / 5)]
+    return np.diag(np.r_[zero(n), np.full(m, 2.0), zero(n)]), q, A, np.r_[b, np.full(n, -INF), zero(n)], np.r_[b, zero(n), np.full(n, INF)]  # fmt: skip # noqa: E501
+
+
+def family_svm(rng, n=4, m=16):
+    labels = np.repeat([1.0, -1.0], m // 2)
+    X = rng.standard_normal((m, n)) / n**0.5 + labels[:, None] / n
+    A = np.block([[labels[:, None] * X, -np.eye(m)], [np.zeros((m, n)), np.eye(m)]])
+    P, q = np.diag(np.r_[np.ones(n), np.zeros(m)]), np.r_[np.zeros(n), np.full(m, 0.5)]
+    return P, q, A, np.r_[np.full(m, -INF), np.zeros(m)], np.r_[-np.ones(m), np.full(m, INF)]
+
+
+def family_huber(rng, n=3, m=8):
+    X, one, zero = rng.standard_normal((m, n)), np.eye(m), np.zeros
+    b = X @ rng.standard_normal(n) + np.where(rng.random(m) < 0.2, 10 * rng.random(m), rng.standard_normal(m) / 4)
+    A = np.block([[X, -one, -one, one], [zero((m, n + m)), one, zero((m, m))], [zero((m, n + 2 * m)), one]])
+    P, q = np.diag(np.r_[zero(n), np.full(m, 2.0), zero(2 * m)]), np.r_[zero(n + m), np.full(2 * m, 2.0)]
+    return P, q, A, np.r_[b, zero(2 * m)], np.r_[b, np.full(2 * m, INF)]
+
+
+def family_control(rng, n=2, T=5):
+    move = np.eye(n) + 0.1 * rng.standard_normal((n, n))
+    push, weight, states = rng.standard_normal((n, 1)), 10 * rng.random(n), (T + 1) * n
+    dynamics = np.zeros((states, states + T))
+    dynamics[:, :states] = np.kron(np.eye(T + 1, k=-1), move) - np.eye(states)
+    dynamics[n:, states:] = np.kron(np.eye(T), push)
+    start, most = np.r_[-rng.uniform(-0.5, 0.5, n), np.zeros(T * n)], np.r_[1 + rng.random(states), np.full(T, 0.3)]
+    P = np.diag(np.r_[np.tile(weight, T + 1), np.full(T, 0.1)])
+    A = np.concatenate([dynamics, np.eye(states + T)])
+    return P, np.zeros(states + T), A, np.r_[start, -most], np.r_[start, most]
+
+
+def family_linear(rng, n=8, m=6):
+    A, b = np.abs(rng.standard_normal((m, n))) + 0.1, np.abs(rng.standard_normal(m)) + 1
+    q = np.abs(rng.standard_normal(n)) + 0.5
+    return np.zeros((n, n)), q, np.concatenate([A, np.eye(n)]), np.r_[b, np.zeros(n)], np.full(m + n, INF)
+
+
+# Iterations of OSQP 1.1.3 at eps_rel = 1e-4, eps_abs = 1e-12, tested at every step, for the seeds 0 and 1.
+FAMILIES = {
+    family_random: (162, 69),
+    family_equality: (32, 32),
+    family_portfolio: (62, 62),
+    family_lasso: (59, 66),
+    family_svm: (129, 103),
+    family_huber: (53, 58),
+    family_control: (26, 26),
+    family_linear: (273, 453),
+}
+WIDE, TALL = 28, 44
+
+
+def padded(program):
+    """The same program in one shape for all: more variables, held at zero by a row each, and rows without bounds."""
+    P, q, A, lower, upper = program
+    more, rest = WIDE - q.size, TALL - lower.size - (WIDE - q.size)
+    P, q = np.pad(P, (0, more)), np.pad(q, (0, more))
+    A = np.pad(A, ((0, more + rest), (0, more)))
+    A[lower.size : lower.size + more, q.size - more :] = np.eye(more)
+    ends = np.zeros(more), np.full(rest, INF)
+    return QuadraticProgram(P, q, A, np.r_[lower, ends[0], -ends[1]], np.r_[upper, ends[0], ends[1]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_the_families_of_osqp_within_twice_its_iterations_in_any_units(dtype):
+    programs = [family(np.random.default_rng(seed)) for family in FAMILIES for seed in range(2)]
+    limits = [2 * count for counts in FAMILIES.values() for count in counts]
+    batch = QuadraticProgram(*map(np.stack, zip(*map(padded, programs), strict=True)))
+    stopping = odl.until_converged(odl.quadratic_program(given), tol=0.0, relative_tol=1e-4, max_steps=2000)
+    start = QPVariables.zeros(WIDE, TALL, dtype)
+    run = jax.jit(jax.vmap(lambda theta: stopping(start, theta)))
+    for cost, length, row in ((1.0, 1.0, 1.0), (1e3, 1e-2, 1e2), (1e-6, 1e3, 1e2)):
+        P, q, A, lower, upper = batch
+        units = (cost / length**2 * P, cost / length * q, row / length * A, row * lower, row * upper)
+        solutions = run(QuadraticProgram(*(jnp.asarray(part, dtype) for part in units)))
+        odl.check(solutions)
+        for i, (program, limit) in enumerate(zip(programs, limits, strict=True)):
+            P, q, A, lower, upper = program
+            x, z = (np.asarray(part[i], float)[: size.size] / unit for part, size, unit in
+                    zip(solutions.x[:2], (q, lower), (length, row), strict=True))  # fmt: skip
+            y = np.asarray(solutions.x.y[i], float)[: lower.size] * row / cost
+            assert solutions.num_steps[i] <= limit, i
+            # Feasible, stationary and complementary to the tolerance.
+            eps = 2e-4
+            terms, size = (P @ x, q, A.T @ y), max(np.linalg.norm(A @ x), np.linalg.norm(z))
+            assert np.linalg.norm(A @ x - np.clip(A @ x, lower, upper)) <= eps * size, i
+            assert np.linalg.norm(sum(terms)) <= eps * max(map(np.linalg.norm, terms)), i
+            value, gap = (abs(x @ terms[0]), abs(q @ x), abs(y @ z)), x @ terms[0] + q @ x
+            bound = np.where(y > 0, upper, lower)
+            assert np.abs(y[np.isinf(bound)]).max(initial=0) <= 1e-6 * np.abs(y).max()
+            support = np.sum(np.where(np.isinf(bound), 0, y * bound))
+            assert abs(gap + support) <= eps * max(value), i
 
 
 def test_float32_with_x64_on():

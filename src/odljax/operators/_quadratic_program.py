@@ -365,7 +365,10 @@ def _kinds(lower: Array, upper: Array) -> Array:
 def _equilibration(P: Array, A: Array, num_steps: int) -> Units:
     """Ruiz's scaling of the matrix of the optimality conditions, with the largest entry of the scaled P at 1."""
     d, e, c = jnp.ones(P.shape[0], P.dtype), jnp.ones(A.shape[0], P.dtype), jnp.ones((), P.dtype)
+    if num_steps == 0:
+        return Units(d, e, c)
     P, A = jnp.abs(P), jnp.abs(A)
+    e, c = e / _or_one(jnp.max(A, initial=0)), c / _or_one(jnp.max(P, initial=0))  # common units, all at once
 
     def body(_: Any, carry: Any) -> Any:
         d, e, c = carry
@@ -422,7 +425,8 @@ def _gain(q: Array, lower: Array, upper: Array, P: Array | None, units: Units) -
     bound = jnp.where(number > 0, jnp.exp(mean), 0)
     slope = jnp.max(jnp.abs(c * (d * q)), initial=0)
     curved = jnp.ones_like(slope) if P is None else jnp.any(P != 0).astype(slope.dtype)
-    return _or_one(jnp.maximum(curved, slope / _or_one(bound))), bound
+    linear = jnp.where((bound > 0) | (curved == 0), slope / _or_one(bound), 0)
+    return _or_one(jnp.maximum(curved, linear)), bound
 
 
 def residuals(problem: Problem, metric: Metric, u: QPVariables) -> tuple[Residual, ...]:
@@ -552,7 +556,7 @@ def _direct(P: Array, A: Array, metric: Metric, scale: Array | None) -> Callable
         basis, eigenvalues = _decomposition(P, A, metric.kind, metric.units, metric.regularization, metric.penalty)
     d, _, c = metric.units
     gain = metric.gain if scale is None else metric.gain * jax.lax.stop_gradient(scale).astype(metric.gain.dtype)
-    spread = 1 + (gain.astype(basis.dtype) - 1) * eigenvalues
+    spread = (1 - eigenvalues) + gain.astype(basis.dtype) * eigenvalues
 
     def solve(b: Array) -> Array:
         hat = (c * (d * b)).astype(basis.dtype)
@@ -572,7 +576,8 @@ def _decomposition(P: Array, A: Array, kind: Array, units: Units, sigma: Array, 
     # L^-1 K L^-T = Q D Q' makes L (I + (g - 1) Q D Q') L' of P + g K.
     half = jax.scipy.linalg.solve_triangular(factor, coupling, lower=True)
     eigenvalues, vectors = jnp.linalg.eigh(jax.scipy.linalg.solve_triangular(factor, half.T, lower=True))
-    return jax.scipy.linalg.solve_triangular(factor, vectors, lower=True, trans="T"), jnp.clip(eigenvalues, 0, 1)
+    eigenvalues = jnp.where(jnp.any(P != 0), jnp.clip(eigenvalues, 0, 1), jnp.ones_like(eigenvalues))
+    return jax.scipy.linalg.solve_triangular(factor, vectors, lower=True, trans="T"), eigenvalues
 
 
 def project(w: Array, lower: Array, upper: Array) -> Array:
