@@ -217,7 +217,7 @@ def until_converged(
         record: ``(x, theta, k) -> pytree``, recorded at each iterate; implies history.
 
     Returns:
-        A solver. Its status is CONVERGED, STEP_BUDGET_SPENT, STALLED (x moves, or the residual is, within 100 rounding
+        A solver. Its status is CONVERGED, STEP_BUDGET_SPENT, STALLED (x moves, or a residual that has a scale of its own is, within 100 rounding
         units, and no residual smaller by a hundredth came in 100 steps, nor in as many as had been taken until then),
         DIVERGED (the residual grew by the inverse square of the rounding unit, or, at the end of the budget, a million
         times), PRIMAL_INFEASIBLE or DUAL_INFEASIBLE (where the operator has a certificate: quadratic programs) or
@@ -510,7 +510,9 @@ def stopping(
         best_at = jnp.where(better, k, carry.best_at)
         eps = float(jnp.finfo(_lowest_dtype(x)).eps)
         rounding = 100 * eps
-        still = (carry.moved <= rounding * size) | (measured.relative <= rounding)
+        # The steepest slope of a walk may lie far behind: what is compared with it may look small and still fall.
+        small = measured.relative <= rounding if not values else jnp.asarray(False)
+        still = (carry.moved <= rounding * size) | small
         grown = measure > jnp.where(k < max_steps, eps**-2, _DIVERGENCE) * first
         tests = [
             (~(jnp.isfinite(measure) & jnp.isfinite(size)), _code(Status.NON_FINITE)),
