@@ -251,7 +251,10 @@ def _plan(who: str, columns: Columns, v: Array, rows: Array, cols: Array) -> Arr
     solver = implicit(until_converged(iteration, tol=tol, max_steps=_STEPS), _pseudo_inverse(), on_failure="ignore")
     start = jnp.zeros_like(rows)
     if columns is _simplex_columns:
-        start = _row_potentials(*jax.lax.stop_gradient(theta))
+        held = jax.lax.stop_gradient(theta)
+        found = _row_potentials(*held)
+        gap = jnp.sum(columns(held.v + found[:, None], held.columns)[0], axis=1) - held.rows
+        start = jnp.where(jnp.linalg.norm(gap) <= 1e-6 * jnp.max(held.rows), found, start)
     f = solver(start, theta).x
     plan, *_ = columns(theta.v + f[:, None], theta.columns)
     miss = jnp.max(jnp.abs(jnp.sum(jax.lax.stop_gradient(plan), axis=1) - jax.lax.stop_gradient(theta.rows)))
@@ -345,9 +348,10 @@ def _newton(who: str, columns: Columns) -> Iteration[Array, _Semidual]:
 
     def init(f: Array, theta: _Semidual) -> Array:
         finite = jnp.where(jnp.isfinite(theta.v), theta.v, 0)
-        if columns is _simplex_columns:  # it starts where it ends, but for rounding
-            return jnp.ones((), f.dtype)
-        return (1 / jnp.maximum(jnp.max(jnp.abs(finite)), 1)).astype(f.dtype)
+        unit = 1.0 if columns is _softmax_columns else 1.0 / theta.v.shape[0]
+        least = jnp.minimum(1, unit / jnp.maximum(jnp.max(jnp.abs(finite)), unit)).astype(f.dtype)
+        near = jnp.linalg.norm(excess(f, theta)) <= 1e-6 * jnp.max(theta.rows)
+        return jnp.where(near, jnp.ones_like(least), least)
 
     def step(f: Array, scale: Array, theta: _Semidual, k: Array) -> tuple[Array, Array]:
         own = scaled(theta, scale)
@@ -380,7 +384,7 @@ def _newton(who: str, columns: Columns) -> Iteration[Array, _Semidual]:
         plan = columns(own.v + f[:, None], own.columns)[0]
         swept = f + rows(own.v, f, plan, own)
         lost = jnp.any((jnp.sum(plan, axis=1) == 0) & (own.rows > 0))
-        f = jnp.where(~found | lost | (k % 4 == 3), swept, f)
+        f = jnp.where(~found | lost, swept, f)
         solved = jnp.linalg.norm(excess(f, own)) <= 0.1 * jnp.max(theta.rows)
         larger = jnp.where(solved, jnp.minimum(1, 4 * scale), scale)
         return f * (larger / scale), larger
