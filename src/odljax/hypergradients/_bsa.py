@@ -75,8 +75,9 @@ def bsa(
     with a fresh inner minibatch for each step, each factor and g, and one outer minibatch.
 
     When: the classical method, to compare with. The mean of v over q is the N-term series, so that its bias is at most
-    :math:`(1 - b \mu)^N` of the adjoint, for about N/2 products; but the length makes it noisy even without
-    minibatches, and ``info.adjoint_residual`` is large. The source lets the inner and the outer step decay like
+    :math:`(1 - b \mu)^N` of the adjoint for :math:`b \le 2 / (L + \mu)`, for about N/2 products; but
+    the length makes it noisy even without minibatches, and
+    ``info.adjoint_residual`` is large. The source lets the inner and the outer step decay like
     :math:`t^{-1/2}`: pass ``step_size=lambda k: a / (k + 1) ** 0.5``.
 
     Args:

@@ -127,6 +127,12 @@ def keep_finite(new: Any, old: Any) -> Any:
     return _tree.where(_tree.all_finite(jax.lax.stop_gradient(new)), new, old)
 
 
+def told(status: Array, value: Any, gradient: Any) -> Array:
+    """The status of the solves, or NON_FINITE where a loss or a gradient beyond them is not finite."""
+    finite = _tree.all_finite(jax.lax.stop_gradient((value, gradient)))
+    return jnp.where(finite, status, jnp.asarray(int(Status.NON_FINITE), status.dtype))
+
+
 # ---- what the estimators of two losses share ------------------------------------------------------------------------
 
 

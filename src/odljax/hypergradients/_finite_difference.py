@@ -45,7 +45,8 @@ def finite_difference(
     When: second derivatives are not to be had, or cost too much. For :math:`r \to 0` it is
     ``truncated(solver, num_steps=1)``, with an error of order :math:`r^2` (none for quadratics, rounding apart). One
     step stands for the inverse Hessian, s for :math:`(\nabla^2_{xx} f)^{-1}`: biased by up to :math:`1 - s \mu` of the
-    implicit term for a :math:`\mu`-strongly convex f, however long it runs. Where v = 0 the difference is zero.
+    implicit term for a :math:`\mu`-strongly convex f and
+    :math:`s \le 2 / (L + \mu)`, however long it runs. Where v = 0 the difference is zero.
     ``info.value`` is F at x; ``info.inner_residual`` is :math:`\|\nabla_x f(y, \theta)\|`, at y, where the difference
     is taken.
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _tree
 from .._checks import coefficient, count, is_a, is_callable
 from .._types import Coefficient, Scalar, State, Step, Theta, X
 from ..derivatives import implicit
@@ -43,7 +42,7 @@ def hoag(
         outer: :math:`\ell`, ``(x, theta, *data) -> scalar``.
         tol: :math:`\varepsilon_t > 0`, decreasing and summable, a number, a schedule of the update number, or a
             function of theta; let it end above the rounding of the dtype. None: :math:`0.1 / (t + 1)^2`, but not below
-            1000 rounding units.
+            1000 rounding units, which the inner solve may also leave relative to the scale of its residual.
         max_steps: budget of each inner solve, at least 1.
         linear_solver: ``tolerance -> LinearSolver``, for instance ``lambda tol: odl.linear.bicgstab(tol=tol)``.
             Default: conjugate gradients where the operator is declared symmetric, else GMRES.
@@ -80,8 +79,9 @@ def hoag(
         linear_solver = (lambda tol: cg(tol=tol)) if symmetric else (lambda tol: gmres(tol=tol))
     is_callable(who, "linear_solver", linear_solver, "tol")
 
-    def solver_at(tol: Scalar) -> Solver[X, Theta]:
-        return implicit(until_converged(iteration, tol=tol, max_steps=max_steps), linear_solver(tol))
+    def solver_at(tol: Scalar, floor: float = 0.0) -> Solver[X, Theta]:
+        stopping = until_converged(iteration, tol=tol, relative_tol=floor, max_steps=max_steps)
+        return implicit(stopping, linear_solver(tol))
 
     trust = check_trust(who, solver_at(0.5), on_adjoint_failure, error_estimate)
 
@@ -90,13 +90,13 @@ def hoag(
 
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
         t = state.outer.t
-        solver = solver_at(_quadratic(state.x, t) if tolerance is None else tolerance(theta, t))
+        solver = solver_at(*_quadratic(state.x, t)) if tolerance is None else solver_at(tolerance(theta, t))
         return keep_warm(state, *advance(who, solver, outer, theta, state, data, trust))
 
     return Hypergradient(init, update, f"hoag({iteration.name})")
 
 
-def _quadratic(x: Any, t: Step) -> Any:
-    """``0.1 / (t + 1)^2``, held above what rounding lets a residual reach."""
+def _quadratic(x: Any, t: Step) -> tuple[Any, float]:
+    """``0.1 / (t + 1)^2``, held above what rounding lets a relative residual reach, and that floor."""
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
-    return jnp.maximum(0.1 / (t.astype(float) + 1.0) ** 2, 1000 * eps * jnp.maximum(1.0, _tree.norm(x)))
+    return jnp.maximum(0.1 / (t.astype(float) + 1.0) ** 2, 1000 * eps), 1000 * eps

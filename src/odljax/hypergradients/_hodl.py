@@ -18,7 +18,7 @@ from ..operators import Operator
 from ..operators._operator import inverse_metric
 from ..solvers import History, for_steps
 from ..solvers._solver import residual_at
-from ._estimator import Hypergradient, Info, WalkState, advance_outer, keep_finite, start_outer
+from ._estimator import Hypergradient, Info, WalkState, advance_outer, keep_finite, start_outer, told
 from ._start import first_start, started
 
 
@@ -158,7 +158,8 @@ def hodl(
         walk, change = advance_outer(state.outer, theta)
         history = History(solution.history.recorded if watched is None else solution.state, None)
         final = residual_at(base, solution.x, theta)
-        info = Info(value, final, None, solution.status, solution.num_steps, change, history, solution.x)
+        status = told(solution.status, value, gradient)
+        info = Info(value, final, None, status, solution.num_steps, change, history, solution.x)
         x = keep_finite(solution.x, state.x) if warm_start else state.x
         return gradient, WalkState(x, walk), info
 

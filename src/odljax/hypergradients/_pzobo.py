@@ -58,8 +58,9 @@ def pzobo(
 
     When: theta has few entries and second derivatives are not to be had. The mean of g is the gradient through K steps
     at theta, smoothed over a Gaussian of width :math:`\mu` and cut at the warm start: it lacks what is older than K
-    steps, a share of at most :math:`(1 - a \mu_f)^K`. Its variance grows with the size of theta over Q and vanishes
-    only where :math:`\nabla_x F` does, so that it is noisy without minibatches too.
+    steps, a share of at most :math:`(1 - a \mu_f)^K` for :math:`a \le 2 / (L + \mu_f)`. Its variance
+    grows with the size of theta over Q and vanishes only where :math:`\nabla_x F` does, so that it is
+    noisy without minibatches too.
 
     Args:
         inner: f, ``(x, theta, inner_data) -> scalar``, the mean over the rows it gets; without data ``(x, theta)``.

@@ -91,8 +91,8 @@ def sustain(
 
     When: large data, a smooth inner loss that is strongly convex in x; near-optimal in expectation, where all steps
     decay like :math:`t^{-1/3}`: pass ``step_size=lambda k: a / (k + 1) ** (1 / 3)``, a number as
-    ``adjoint_step_size``. The series has a bias of at most :math:`(1 - b \mu)^N` of the adjoint, and its random
-    length makes noise even without minibatches.
+    ``adjoint_step_size``. The series has a bias of at most :math:`(1 - b \mu)^N` of the adjoint for
+    :math:`b \le 2 / (L + \mu)`, and its random length makes noise even without minibatches.
 
     Args:
         inner: f, ``(x, theta, inner_data) -> scalar``, the mean over the rows it gets; without data ``(x, theta)``.
@@ -171,8 +171,8 @@ def mrbo(
 
     When: large data, a smooth inner loss that is strongly convex in x; near-optimal in expectation, where the steps
     decay like :math:`t^{-1/3}`: pass ``step_size=lambda k: a / (k + 1) ** (1 / 3)``, a number as
-    ``adjoint_step_size``. The series has a bias of at most :math:`(1 - b \mu)^{Q+1}` of the adjoint. Without batches
-    it is exactly the single loop with one inner step and the cut series.
+    ``adjoint_step_size``. The series has a bias of at most :math:`(1 - b \mu)^{Q+1}` of the adjoint for
+    :math:`b \le 2 / (L + \mu)`. Without batches it is exactly the single loop with one inner step and the cut series.
 
     Args:
         inner: f, ``(x, theta, inner_data) -> scalar``, the mean over the rows it gets; without data ``(x, theta)``.

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from .. import _tree
 from .._checks import differentiable, is_a, is_callable, scalar
 from .._types import State, Status, Theta, X
-from ..derivatives._implicit import negligible, pull_back
+from ..derivatives._implicit import negligible, pull_back, reach
 from ..linear import identity
 from ..operators import Operator
 from ..solvers import Solution, Solver
 from ._error import estimate_error
-from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, start_outer
+from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, start_outer, told
 from ._start import check_start, first_start, started
 
 OuterLoss = Callable[..., Any]
@@ -107,14 +107,16 @@ def warm_started(
     the status and not used as a start.
 
     Args:
-        solver: with any derivative; ``implicit`` has an adjoint to be warm.
+        solver: with any derivative; ``implicit`` has an adjoint to be warm; ``unrolled`` and ``forward`` of
+            ``for_steps`` only.
         outer: :math:`\ell`, ``(x, theta, *data) -> scalar``.
         on_adjoint_failure: as in ``through``.
         error_estimate: as in ``through``.
 
     Raises:
         TypeError: as ``through``.
-        ValueError: as ``through``.
+        ValueError: as ``through``; ``unrolled`` or ``forward`` over ``until_converged``, whose warm start meets the
+            tolerance.
 
     Cost: as ``through``, from a better start; the state holds x and the adjoint vector.
 
@@ -134,6 +136,12 @@ def warm_started(
     is_a("warm_started", "solver", solver, Solver, "Make one with for_steps or until_converged.")
     is_callable("warm_started", "outer", outer)
 
+    # From a start that meets the tolerance such a solver takes no step, and a gradient through no steps is zero.
+    if solver.tolerance is not None and solver.derivative in ("unrolled", "forward"):
+        raise ValueError(
+            f"warm_started: the last solution meets the tolerance, so that {solver.derivative} would differentiate no "
+            f"steps and the gradient through x would be zero. Unroll for_steps, or use implicit or truncated."
+        )
     trust = check_trust("warm_started", solver, on_adjoint_failure, error_estimate)
 
     def init(theta: Theta, x0: X, *data: Any) -> WarmState:
@@ -217,7 +225,7 @@ def advance(
         moved, adjoint, linear = solver.adjoint.pull_back(solution.x, theta, x_gradient, state.adjoint)
         # An adjoint that the loss does not need, to the accuracy that x has, is exact whatever became of its solve.
         size = jnp.maximum(jnp.abs(value), _tree.norm(theta) * _tree.norm(theta_gradient).astype(value.dtype))
-        needless = negligible(x_gradient, solution.x, size, solution.relative_residual)
+        needless = negligible(x_gradient, reach(state.x, solution.x), size, solution.relative_residual)
         adjoint_status = jnp.where(needless, int(Status.CONVERGED), linear.status)
         failed = adjoint_status >= Status.STEP_BUDGET_SPENT
         if trust.on_adjoint_failure == "one_step":
@@ -229,6 +237,7 @@ def advance(
         if trust.on_adjoint_failure == "zero":
             gradient = _tree.where(failed, _tree.zeros_like(gradient), gradient)
         residual, status = linear.residual, jnp.maximum(solution.status, adjoint_status)
+    status = told(status, value, gradient)
     walk, change = advance_outer(state.outer, theta)
     error = None
     if trust.error_estimate:

@@ -64,8 +64,8 @@ def vrbo(
 
     When: finite data, a smooth inner loss that is strongly convex in x. With constant steps the noise vanishes as it
     converges, linearly where the full-batch method does: not to the minimiser, but to where the gradient with the cut
-    series vanishes, whose adjoint misses at most :math:`(1 - b \mu)^{Q+1}` of the true one. The data must be
-    the same at each update.
+    series vanishes, whose adjoint misses at most :math:`(1 - b \mu)^{Q+1}` of the true one for
+    :math:`b \le 2 / (L + \mu)`. The data must be the same at each update.
 
     Args:
         inner: f, ``(x, theta, inner_data) -> scalar``, the mean over the rows it gets; without data ``(x, theta)``.
