@@ -91,7 +91,7 @@ def _at_the_solution(solver: Solver, linear_solver: LinearSolver, on_failure: st
 
     def solve(x0: X, theta: Theta) -> Solution:
         solution = settled(solver, x0, theta) if exact else stopped(solver.solve, x0, theta)
-        x = _attach(operator, linear_solver, alarm(derivative, on_failure), solution, theta)
+        x = _attach(operator, linear_solver, alarm(derivative, on_failure), x0, solution, theta)
         return solution._replace(x=x)
 
     return dataclasses.replace(
@@ -159,7 +159,7 @@ def check_operator(who: str, solver: Any) -> Operator:
 
 
 def _attach(
-    operator: Operator, linear_solver: LinearSolver, alarm: Alarm | None, solution: Solution, theta: Any
+    operator: Operator, linear_solver: LinearSolver, alarm: Alarm | None, x0: Any, solution: Solution, theta: Any
 ) -> Any:
     """``x`` with the implicit derivative in theta and in the tracers that the operator closes over."""
     x = solution.x
@@ -173,20 +173,20 @@ def _attach(
 
         def solve(matvec: Any, b: Any) -> Any:
             v, info = solver_of(held)(matvec, b)
-            return v if alarm is None else alarm(v, facts, info, b, x)
+            return v if alarm is None else alarm(v, facts, info, b)
 
         _, moved = jax.jvp(lambda theta, captured: function(x, theta, *captured), operands[:2], tangents[:2])
         _, matvec = jax.linearize(lambda x: function(x, theta, *captured), x)
         return differentiable_solve(matvec, _tree.negative(moved), solve, symmetric=linear_solver.symmetric)
 
-    return moving(x, (theta, captured, held, facts_of(solution)), tangent)
+    return moving(x, (theta, captured, held, (*facts_of(solution), reach(x0, x))), tangent)
 
 
-Alarm = Callable[[Any, tuple[Array, Array], LinearInfo, Any, Any], Any]
+Alarm = Callable[[Any, tuple[Array, Array, Array], LinearInfo, Any], Any]
 
 
 def alarm(who: str, on_failure: str) -> Alarm | None:
-    """``(v, facts of the forward solve, info, b, x) -> v``, which tells the host if one of the two solves failed."""
+    """``(v, facts of the forward solve, info, b) -> v``, which tells the host if one of the two solves failed."""
     if on_failure == "ignore":
         return None
 
@@ -196,21 +196,28 @@ def alarm(who: str, on_failure: str) -> Alarm | None:
 
     tell = teller(who, on_failure, describe)
 
-    def sound(v: Any, facts: tuple[Array, Array], info: LinearInfo, b: Any, x: Any) -> Any:
-        adjoint = jnp.where(negligible(b, x, 1.0, facts[1]), 0, info.status)
-        return reported(v, (jnp.maximum(facts[0], adjoint), *facts, adjoint, info.residual), tell)
+    def sound(v: Any, facts: tuple[Array, Array, Array], info: LinearInfo, b: Any) -> Any:
+        status, residual, size = facts
+        adjoint = jnp.where(negligible(b, size, 1.0, residual), 0, info.status)
+        return reported(v, (jnp.maximum(status, adjoint), status, residual, adjoint, info.residual), tell)
 
     return sound
 
 
-def negligible(cotangent: Any, x: Any, value: Any, relative_residual: Any) -> Array:
-    """Whether the cotangent of x is zero as exactly as a loss of this value and a solve of this residual can tell."""
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
-    cotangent, x, value, relative_residual = jax.lax.stop_gradient((cotangent, x, value, relative_residual))
-    size = _tree.norm(x)
+def reach(x0: Any, x: Any) -> Array:
+    """How large x is, or its way from x0 where it ends near zero."""
+    x0, x = jax.lax.stop_gradient((x0, x))
+    return jnp.maximum(_tree.norm(x), _tree.norm(_tree.subtract(x, x0)))
+
+
+def negligible(cotangent: Any, size: Array, value: Any, relative_residual: Any) -> Array:
+    """Whether the cotangent of an x of this size is zero as exactly as a loss of this value and a solve can tell."""
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(cotangent))
+    cotangent, value, relative_residual = jax.lax.stop_gradient((cotangent, value, relative_residual))
     # The error of x is its residual times a condition, for which a thousand is allowed.
     exact = jnp.maximum(100 * eps, 1000 * jnp.asarray(relative_residual).astype(size.dtype))
-    return _tree.norm(cotangent) * size <= exact * jnp.abs(jnp.asarray(value)).astype(size.dtype)
+    small = _tree.norm(cotangent) * size <= exact * jnp.abs(jnp.asarray(value)).astype(size.dtype)
+    return small & (size > 0)
 
 
 def _hoisted_solver(linear_solver: LinearSolver, x: Any) -> tuple[Any, list[Any]]:

@@ -20,7 +20,7 @@ from ..operators import as_operator
 from ..operators._operator import displacement
 from ..solvers import Adjoint, Solution, Solver
 from ._failure import adjoint_failed, check_policy, facts_of, reported, solve_failed, teller
-from ._implicit import check_operator, negligible, settled
+from ._implicit import check_operator, negligible, reach, settled
 from ._moving import hoisted, moving
 
 
@@ -127,7 +127,7 @@ def on_support(
 def _on_support(solver: Solver, problem: _Problem, on_failure: str) -> Solver:
     def solve(x0: X, theta: Theta) -> Solution:
         solution = settled(solver, x0, theta)
-        return solution._replace(x=_attach(problem, on_failure, solution, theta))
+        return solution._replace(x=_attach(problem, on_failure, x0, solution, theta))
 
     return dataclasses.replace(
         solver,
@@ -189,7 +189,7 @@ class _Problem(NamedTuple):
         return jnp.where(valid, left, x_S)
 
 
-def _attach(problem: _Problem, on_failure: str, solution: Solution, theta: Any) -> Any:
+def _attach(problem: _Problem, on_failure: str, x0: Any, solution: Solution, theta: Any) -> Any:
     """``x`` with the derivative on the support, in theta and in the tracers that the functions close over."""
     x, tell = solution.x, None if on_failure == "ignore" else _teller(on_failure, problem.capacity)
     support = problem.support(x, theta)
@@ -215,10 +215,11 @@ def _attach(problem: _Problem, on_failure: str, solution: Solution, theta: Any) 
             if tell is None:
                 return v
             info = _truth(info, support, leak)
-            adjoint = jnp.where(negligible(b, x, 1.0, facts[1]), 0, info.status)
+            status, residual, size = facts
+            adjoint = jnp.where(negligible(b, size, 1.0, residual), 0, info.status)
             full = support.size > support.indices.size
-            worst = jnp.where(full, int(Status.NON_FINITE), jnp.maximum(facts[0], adjoint))
-            return reported(v, (worst, *facts, adjoint, info.residual, support.size), tell)
+            worst = jnp.where(full, int(Status.NON_FINITE), jnp.maximum(status, adjoint))
+            return reported(v, (worst, status, residual, adjoint, info.residual, support.size), tell)
 
         at_x_S = partial(on, x_S)
         _, moved = jax.jvp(at_x_S, (theta, rest, captured_on), (d_theta, d_rest, d_captured_on))
@@ -226,7 +227,7 @@ def _attach(problem: _Problem, on_failure: str, solution: Solution, theta: Any) 
         d_S = differentiable_solve(matvec, -moved, solve, symmetric=problem.symmetric)
         return _poisoned(support, _tree.add(_scattered(support.indices, d_S, x), d_rest))
 
-    return moving(x, (theta, captured, captured_on, support, facts_of(solution)), tangent)
+    return moving(x, (theta, captured, captured_on, support, (*facts_of(solution), reach(x0, x))), tangent)
 
 
 def _pull_back(problem: _Problem, x: Any, theta: Any, cotangent: Any, guess: Any = None) -> tuple[Any, Any, LinearInfo]:
