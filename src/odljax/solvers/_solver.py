@@ -439,7 +439,7 @@ class Progress(NamedTuple):
     status: Array
     residual: Array
     relative: Array
-    first: Array
+    first: tuple[Array, ...]
     best: Array
     best_at: Array
     moved: Array
@@ -467,8 +467,8 @@ def stopping(
     """
     operator = iteration.operator
     assert operator is not None
-    jaxpr, shapes = jax.make_jaxpr(lambda: _unscaled_parts(_parts_at(operator, x0, theta)), return_shape=True)()
-    values = _tree.zeros_like(shapes)  # sharded as they are
+    jaxpr, shapes = jax.make_jaxpr(lambda: _parts_at(operator, x0, theta), return_shape=True)()
+    values = _tree.zeros_like(_unscaled_parts(shapes))  # sharded as they are
     unknown = jnp.full((), jnp.inf, _tree.accumulation_dtype(x0))
     zero, slopes = jnp.zeros((), int), (jnp.zeros_like(unknown),) * len(values)
     start = Progress(
@@ -478,7 +478,7 @@ def stopping(
         status=_code(_RUNNING),
         residual=unknown,
         relative=unknown,
-        first=unknown,
+        first=(jnp.zeros_like(unknown),) * len(shapes),
         best=unknown,
         best_at=zero,
         moved=unknown,
@@ -505,7 +505,10 @@ def stopping(
         for part, extent in zip(*measured, strict=True):
             limit = jnp.asarray(absolute).astype(size.dtype) + jnp.asarray(relative).astype(size.dtype) * extent
             within = within & (part <= limit)
-        first = jnp.where(k == 0, measure, carry.first)
+        # The first size that is not zero: each part grows in its own unit.
+        first = tuple(
+            jnp.where(known > 0, known, part) for known, part in zip(carry.first, measured.sizes, strict=True)
+        )
         better = measure < _IMPROVEMENT * carry.best
         best_at = jnp.where(better, k, carry.best_at)
         eps = float(jnp.finfo(_lowest_dtype(x)).eps)
@@ -513,7 +516,11 @@ def stopping(
         # The steepest slope of a walk may lie far behind: what is compared with it may look small and still fall.
         small = measured.relative <= rounding if not values else jnp.asarray(False)
         still = (carry.moved <= rounding * size) | small
-        grown = measure > jnp.where(k < max_steps, eps**-2, _DIVERGENCE) * first
+        # A part that begins at rounding level may well grow a million times: where there are several, that is no sign.
+        growth = jnp.where((k < max_steps) | (len(first) > 1), eps**-2, _DIVERGENCE)
+        grown = functools.reduce(
+            jnp.logical_or, [part > growth * begun for part, begun in zip(measured.sizes, first, strict=True)]
+        )
         tests = [
             (~(jnp.isfinite(measure) & jnp.isfinite(size)), _code(Status.NON_FINITE)),
             (within & (k >= int(differentiated)), _code(Status.CONVERGED)),
