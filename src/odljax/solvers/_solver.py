@@ -220,8 +220,9 @@ def until_converged(
         A solver. Its status is CONVERGED, STEP_BUDGET_SPENT, STALLED (x moves, or a residual that has a scale of its
         own is, within 100 rounding units, and no residual smaller by a hundredth came in 100 steps, nor in as many as
         had been taken until then), DIVERGED (the residual grew by the inverse square of the rounding unit, or, at the
-        end of the budget, a million times), PRIMAL_INFEASIBLE or DUAL_INFEASIBLE (where the operator has a certificate: quadratic programs) or
-        NON_FINITE (which x then shows, whether it came in with x0 or theta or appeared on the way).
+        end of the budget, a million times), PRIMAL_INFEASIBLE or DUAL_INFEASIBLE (where the operator has a
+        certificate: quadratic programs) or NON_FINITE (which x then shows, whether it came in with x0 or
+        theta or appeared on the way).
 
     Raises:
         TypeError: iteration is none, or has no operator; a step that changes structure, shape or dtype; reverse mode.
