@@ -116,7 +116,7 @@ def _report() -> Any:
 
     def lower(ctx: Any, *arguments: Any, tell: Any, count: int, quiet: bool) -> Any:
         exported = ctx.module_context.lowering_parameters.for_export
-        quiet = quiet or exported or bool(jax.config.jax_compilation_cache_dir)
+        quiet = quiet or exported or bool(getattr(jax.config, "jax_compilation_cache_dir", None))
         rule = mlir.lower_fun(functools.partial(told, tell=tell, count=count, quiet=quiet), multiple_results=True)
         return rule(ctx, *arguments)
 

@@ -110,7 +110,8 @@ def settled(solver: Solver, x0: Any, theta: Any) -> Solution:
     if solver.tolerance is not None:
         return solution
     first = residual_at(solver.iteration, x0, theta)
-    far = (solution.relative_residual > _NEAR) & (solution.residual > _NEAR * first)
+    relative, residual, first = cast(tuple[Array, Array, Array], (solution.relative_residual, solution.residual, first))
+    far = (relative > _NEAR) & (residual > _NEAR * first)
     status = jnp.where(far, jnp.maximum(solution.status, int(Status.STEP_BUDGET_SPENT)), solution.status)
     return solution._replace(status=status.astype(solution.status.dtype))
 

@@ -12,8 +12,18 @@ import numpy as np
 from jax.core import Tracer
 
 
-def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """``function`` as a function of ``(*examples, *captured)``, with its effects, and the tracers that it closes over.
+class Hoisted:
+    """A function that closes over no tracer, and the effects of its program."""
+
+    def __init__(self, run: Callable[..., Any], effects: Any):
+        self.run, self.effects = run, effects
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.run(*arguments)
+
+
+def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Hoisted, list[Any]]:
+    """``function`` as a function of ``(*examples, *captured)``, and the tracers that it closes over.
 
     ``jax.closure_convert`` does so for floating-point tracers only; a whole number or a flag of an outer loop that a
     loss looks at would stay behind and be out of scope where a rule is applied.
@@ -33,8 +43,7 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Callable[...,
         run = jaxpr_as_fun(closed.replace(consts=merged))
         return structure.unflatten(run(*jax.tree.leaves(known)))
 
-    converted.effects = closed.effects
-    return converted, [closed.consts[i] for i in traced]
+    return Hoisted(converted, closed.effects), [closed.consts[i] for i in traced]
 
 
 def moving(x: Any, operands: Any, tangent: Callable[[Any, Any, Any], Any]) -> Any:
