@@ -147,18 +147,48 @@ def is_callable(who: str, name: str, value: Any, arguments: str = "") -> None:
     convention = f"a function of ({arguments})" if arguments else "a function"
     if not callable(value):
         raise TypeError(f"{who}: {name} must be {convention}; {value!r} came.")
+    if type(value).__name__ in ("Solver", "Iteration", "Hypergradient") and is_record(value):
+        raise TypeError(
+            f"{who}: {name} must be {convention}; {value!r} came. Of a solver take its iteration, solver.iteration, or "
+            f"its answer, lambda x, theta: solver(x, theta).x."
+        )
     if arguments:
+        wanted = arguments.split(", ")
         try:
-            inspect.signature(value).bind(*arguments.split(", "))
+            signature = inspect.signature(value)
+            bound = signature.bind(*wanted)
         except TypeError:
             raise TypeError(f"{who}: {name} must be {convention}; it takes {inspect.signature(value)}.") from None
         except ValueError:  # no signature to be had: trust it
-            pass
+            return
+        _no_default(who, name, value, signature, list(bound.arguments), convention, arguments)
+
+
+def _no_default(
+    who: str, name: str, value: Any, signature: inspect.Signature, filled: list[str], convention: str, arguments: str
+) -> None:
+    """Refuses a function of the user's, one that the convention would overwrite a default of."""
+    defaults = [key for key in filled if signature.parameters[key].default is not inspect.Parameter.empty]
+    if defaults and inspect.isroutine(value) and not _is_library(value):
+        raise TypeError(
+            f"{who}: {name} must be {convention}; it takes {signature}, and whether {', '.join(defaults)} is to keep "
+            f"its default is ambiguous. Say which: lambda {arguments}: f(...)."
+        )
+
+
+def _is_library(function: Any) -> bool:
+    """Whether the function follows a convention of ours, defaults included, as the operators of ``odljax.prox`` do."""
+    return (getattr(function, "__module__", None) or "").split(".")[0] in ("odljax", "jax", "jaxlib", "optax", "numpy")
+
+
+def a(noun: str) -> str:
+    """The noun behind its article."""
+    return f"{'an' if noun[:1] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
 def is_a(who: str, name: str, value: Any, kind: type, hint: str) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{who}: {name} must be a {kind.__name__}; a {type(value).__name__} came. {hint}")
+        raise TypeError(f"{who}: {name} must be {a(kind.__name__)}; {a(type(value).__name__)} came. {hint}")
 
 
 def count(who: str, name: str, value: Any, least: int = 1) -> int:
@@ -173,11 +203,11 @@ def count(who: str, name: str, value: Any, least: int = 1) -> int:
 
 
 def number(who: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, closed: bool = False) -> Any:
-    """A number between ``low``, included if ``closed``, and ``high``, which is not; a traced one passes."""
+    """A number between ``low``, included if ``closed``, and ``high``, which is not; a traced one outside is NaN."""
     if isinstance(value, Tracer):
-        return value
+        return held(value, low, high, closed)
     try:
-        numeric = float(value)
+        numeric = float("no" if isinstance(value, (str, bytes, bool, np.bool_)) else value)
     except (TypeError, ValueError):
         raise TypeError(f"{who}: {name} must be a number; {value!r} came.") from None
     above = numeric >= low if closed else numeric > low
@@ -185,6 +215,17 @@ def number(who: str, name: str, value: Any, low: float = 0.0, high: float = math
         interval = f"{'[' if closed else '('}{low:g}, {high:g})"
         raise ValueError(f"{who}: {name} must lie in {interval}; {value!r} came.")
     return value
+
+
+def held(value: Any, low: float, high: float, closed: bool = False) -> Any:
+    """A computed number, NaN where it is outside its range: what it enters then shows it."""
+    number = jnp.asarray(value)
+    value = number if jnp.issubdtype(number.dtype, jnp.floating) else number.astype(float)
+    inside = (value >= low) if closed else (value > low)
+    if high < math.inf:
+        inside = inside & ((value <= high) if closed else (value < high))
+    # The comparison has no derivative, and a factor of NaN would give one to the right values: select.
+    return jnp.where(inside, value, jnp.nan)
 
 
 def coupling(effects: Any) -> set[Any]:
@@ -216,17 +257,19 @@ def coefficient(
 ) -> Callable[[Any, Step], Any]:
     """The coefficient as a function of ``(theta, k)``.
 
-    A callable with two arguments is called with ``(theta, k)``. One with a single argument is called with theta if
-    that argument is named ``theta``, and with k if it is named ``k``, ``count`` or ``step``, as optax names it;
-    another name is refused, because guessing could be silently wrong.
+    A callable with two arguments is called with ``(theta, k)``, and its second must be named ``k``, ``count`` or
+    ``step``, as optax names it. One with a single argument is called with theta if that argument is named ``theta``,
+    and with k if it has one of those names; others are refused, because guessing could be silently wrong. What a
+    function returns outside the range becomes NaN; a schedule may come as near to its ends as they are.
     """
     if not callable(value):
         constant = number(who, name, value, low, high, closed)
         if np.shape(constant) != ():
             raise ValueError(f"{who}: {name} must be a scalar; {describe(constant)} came.")
         return lambda theta, k: constant
+    is_callable(who, name, value)
     names = _required_arguments(value)
-    if len(names) == 2:
+    if len(names) == 2 and names[1] in _SCHEDULE_NAMES and names[0] not in _SCHEDULE_NAMES:
         call = value
     elif names == ["theta"]:
         call = lambda theta, k: value(theta)  # noqa: E731
@@ -237,14 +280,15 @@ def coefficient(
     else:
         raise TypeError(
             f"{who}: {name} came as a function of {names}; name its one argument theta (the hyper-variable) or k (the "
-            f"step, as in an optax schedule), or let it take (theta, k)."
+            f"step, as in an optax schedule), or let it take (theta, k), in that order."
         )
+    of_theta_alone = names == ["theta"]
 
     def checked(theta: Any, k: Step) -> Any:
         result = call(theta, k)
         if np.shape(result) != ():
             raise TypeError(f"{who}: {name} must return a scalar; {describe(result)} came back.")
-        return result
+        return held(result, low, high, closed or not of_theta_alone)
 
     return checked
 

@@ -13,8 +13,8 @@ from .._checks import coefficient_of_theta, is_a, is_callable, same_as
 from .._types import Coefficient, Data
 from ..linear import LinearSolver, cg
 from ._gradient import Objective, Prox, value_and_gradient
-from ._operator import Operator
-from ._weights import Weight, given, solve_definite, unweigh, weigh, weight_of_theta, with_adjoint
+from ._operator import Operator, Residual
+from ._weights import Weight, expect, given, solve_definite, unweigh, weigh, weight_of_theta, with_adjoint
 
 LinearMap = Callable[[Any, Any], Any]
 
@@ -32,6 +32,18 @@ class ADMMVariables(NamedTuple):
     z: Any
     e: Any
     y: Any
+
+
+class _Linearized(NamedTuple):
+    """z+, e+, the forward point of z, the step to it, the step of y, and ``A z + e - b`` with two of its terms."""
+
+    z: Any
+    e: Any
+    forward: Any
+    shift: Any
+    move: Any
+    violation: Any
+    terms: tuple[Any, Any]
 
 
 def linearized_admm(
@@ -94,9 +106,8 @@ def linearized_admm(
     def image(z: Any, e: Any, theta: Any) -> Any:
         return same_as(who, "linear", linear(z, theta), e, "e")
 
-    def pieces(u: ADMMVariables, theta: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """z+, e+, the forward point of z, the step to it, and the step of y."""
-        z, e, y = u
+    def pieces(u: ADMMVariables, theta: Any) -> _Linearized:
+        z, e, y = expect(who, u, ADMMVariables)
         beta, r, b = beta_of(theta), r_of(theta), given(observation, theta)
         fitted, adjoint = with_adjoint(lambda z: image(z, e, theta), z)
         violation = _tree.subtract(_tree.add(fitted, e), b)
@@ -105,16 +116,28 @@ def linearized_admm(
         z = same_as(who, "prox_z", prox_z(forward, theta, 1 / r), z, "z")
         rest = _tree.subtract(b, image(z, e, theta))
         e = same_as(who, "prox_e", prox_e(_tree.add_scaled(rest, -1 / beta, y), theta, 1 / beta), e, "e")
-        return z, e, forward, shift, _tree.scale(beta, _tree.subtract(e, rest))
+        move = _tree.scale(beta, _tree.subtract(e, rest))
+        return _Linearized(z, e, forward, shift, move, violation, (fitted, b))
 
     def apply(u: ADMMVariables, theta: Any) -> ADMMVariables:
-        z, e, _, _, move = pieces(u, theta)
-        return type(u)(z, e, _tree.add(u.y, move))
+        to = pieces(u, theta)
+        return type(u)(to.z, to.e, _tree.add(u.y, to.move))
 
     def displacement(u: ADMMVariables, theta: Any) -> ADMMVariables:
-        z, e, forward, shift, move = pieces(u, theta)
-        gap = _tree.add(_tree.subtract(forward, z), shift)
-        return type(u)(gap, _tree.subtract(u.e, e), _tree.negative(move))
+        to = pieces(u, theta)
+        gap = _tree.add(_tree.subtract(to.forward, to.z), to.shift)
+        return type(u)(gap, _tree.subtract(u.e, to.e), _tree.negative(to.move))
+
+    def residual(u: ADMMVariables, theta: Any) -> tuple[Residual, ...]:
+        to, beta, r = pieces(u, theta), beta_of(theta), r_of(theta)
+        kept = _tree.subtract(to.forward, to.z)
+        gap, slack = _tree.add(kept, to.shift), _tree.subtract(u.e, to.e)
+        return (
+            Residual((to.violation, slack), (*to.terms, u.e)),
+            Residual(weigh(r, gap), (weigh(r, to.shift), weigh(r, kept))),
+            Residual((to.move, _tree.scale(beta, slack)), (u.y, _tree.add(u.y, to.move))),
+            Residual(gap, (u.z, to.z)),
+        )
 
     def metric(v: ADMMVariables, theta: Any) -> ADMMVariables:
         beta = beta_of(theta)
@@ -122,7 +145,7 @@ def linearized_admm(
         z = _tree.subtract(weigh(r_of(theta), v.z), adjoint(_tree.scale(beta, fitted)))
         return type(v)(z, _tree.scale(beta, v.e), _tree.scale(1 / beta, v.y))
 
-    return Operator(apply, displacement, metric, readout=lambda u, theta: u.z, name=who)
+    return Operator(apply, displacement, metric, readout=lambda u, theta: u.z, natural_residual=residual, name=who)
 
 
 def admm(
@@ -222,16 +245,16 @@ def _admm(
 
     def first(u: SplitVariables, theta: Any) -> tuple[Any, Any]:
         """x and ``b - B z``."""
-        z, y = u
+        z, y = expect(who, u, SplitVariables)
         rho, remaining = rho_of(theta), rest(z, y, theta)
         x = prox_x(_tree.add_scaled(remaining, -1 / rho, y), theta, 1 / rho)
         return (same_as(who, "prox_x", x, y, "y") if linear_x is None else x), remaining
 
-    def pieces(u: SplitVariables, theta: Any) -> tuple[Any, Any]:
-        """z+ and the step of y."""
-        z, y = u
+    def pieces(u: SplitVariables, theta: Any) -> tuple[Any, Any, tuple[Any, Any, Any]]:
+        """z+, the step of y, and A x, ``b - B z``, ``b - B z+``."""
         rho = rho_of(theta)
         x, remaining = first(u, theta)
+        z, y = u
         image = x if linear_x is None else same_as(who, "linear_x", linear_x(x, theta), y, "y")
         relaxed = _tree.interpolate(remaining, image, alpha_of(theta))
         point = _tree.add_scaled(relaxed, 1 / rho, y)
@@ -239,15 +262,27 @@ def _admm(
             point = _tree.subtract(point, given(observation, theta))
         point = point if linear_z is None else _tree.negative(point)
         new = same_as(who, "prox_z", prox_z(point, theta, 1 / rho), z, "z")
-        return new, _tree.scale(rho, _tree.subtract(relaxed, rest(new, y, theta)))
+        left = rest(new, y, theta)
+        return new, _tree.scale(rho, _tree.subtract(relaxed, left)), (image, remaining, left)
 
     def apply(u: SplitVariables, theta: Any) -> SplitVariables:
-        new, move = pieces(u, theta)
+        new, move, _ = pieces(u, theta)
         return type(u)(new, _tree.add(u.y, move))
 
     def displacement(u: SplitVariables, theta: Any) -> SplitVariables:
-        new, move = pieces(u, theta)
+        new, move, _ = pieces(u, theta)
         return type(u)(_tree.subtract(u.z, new), _tree.negative(move))
+
+    def residual(u: SplitVariables, theta: Any) -> tuple[Residual, ...]:
+        # A x + B z - b and B (z+ - z), as they are and, times rho, as what they leave of 0 in df + A'y and dg + B'y.
+        _, _, (image, remaining, left) = pieces(u, theta)
+        gaps = _tree.subtract(image, remaining), _tree.subtract(remaining, left)
+        forces = _tree.scale(rho_of(theta), gaps)
+        given_b = () if observation is None else (given(observation, theta),)
+        return (
+            Residual(gaps, (image, remaining, *given_b)),
+            Residual(forces, (u.y, _tree.add(u.y, forces[0]))),
+        )
 
     def metric(v: SplitVariables, theta: Any) -> SplitVariables:
         rho, cross = rho_of(theta), 1 - alpha_of(theta)
@@ -270,6 +305,7 @@ def _admm(
         metric,
         metric_inverse if linear_z is None else None,
         readout=readout or (lambda u, theta: first(u, theta)[0]),
+        natural_residual=residual,
         name=who,
     )
 

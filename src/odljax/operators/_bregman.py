@@ -14,7 +14,7 @@ from .. import _tree
 from .._checks import as_inner, coefficient_of_theta, is_callable, same_as
 from .._types import Coefficient
 from ._gradient import Objective, value_and_gradient
-from ._operator import Operator
+from ._operator import Operator, Residual
 
 
 def mirror(
@@ -72,7 +72,7 @@ def mirror(
         dual = same_as(who, "to_dual", to_dual(x, theta), x)
         return to_primal(_tree.add_scaled(dual, -step(theta), slope), theta)
 
-    return Operator(apply, name=who)
+    return Operator(apply, step_size=step, name=who)
 
 
 def entropic(objective: Objective, step_size: Coefficient, scale: Coefficient = 1.0) -> Operator:
@@ -125,7 +125,26 @@ def entropic(objective: Objective, step_size: Coefficient, scale: Coefficient = 
         _, slope = value_and_gradient(who, objective, x, theta)
         return jax.tree.map(lambda a, g: _exponentiated(a, g, step(theta), total(theta)), x, slope)
 
-    return Operator(apply, name=who)
+    def residual(x: Any, theta: Any) -> tuple[Residual, ...]:
+        # x - T(x) over the step, as the step goes to zero: x (slope - its mean under x), and the sum that is not s.
+        x = as_inner(who, "x", x)
+        _, slope = value_and_gradient(who, objective, x, theta)
+        sums = jax.tree.map(lambda a: _row_sum(a), x)
+        own = jax.tree.map(jnp.multiply, x, slope)
+        mean = jax.tree.map(lambda a, push, whole: a * (_row_sum(push) / whole), x, own, sums)
+        wanted = jax.tree.map(lambda whole: jnp.full_like(whole, total(theta)), sums)
+        return (
+            Residual(_tree.subtract(own, mean), (own, mean)),
+            Residual(_tree.subtract(sums, wanted), (wanted,)),
+        )
+
+    return Operator(apply, natural_residual=residual, name=who)
+
+
+def _row_sum(x: Array) -> Array:
+    if x.ndim == 0:
+        return x
+    return jnp.sum(x, axis=-1, keepdims=True, dtype=_tree.accumulation_dtype(x)).astype(x.dtype)
 
 
 def _exponentiated(x: Array, slope: Array, step_size: Any, scale: Any) -> Array:

@@ -16,7 +16,7 @@ from .. import _tree
 from .._checks import as_inner, coefficient_of_theta, describe, is_callable, same_as, scalar
 from .._types import Coefficient, Theta
 from ._gradient import Prox
-from ._operator import Operator
+from ._operator import Operator, Residual
 
 Loss = Callable[[Any, Any], Any]
 Design = ArrayLike | Callable[[Any], Any]
@@ -156,8 +156,8 @@ def _descent(
         is_callable(who, "parameter", parameter, "theta")
     constant = coefficient_of_theta(who, "lipschitz", lipschitz)
 
-    def sweep(x: Any, theta: Any) -> tuple[Array, Array]:
-        """The displacement and the outcome."""
+    def sweep(x: Any, theta: Any) -> tuple[Array, Array, Array]:
+        """The displacement, the outcome and the step of each row."""
         x = as_inner(who, "x", x)  # a coordinate's step and its prox are for real numbers
         matrix = _matrix(who, design, x, theta, blocks)
         weight = jnp.asarray(constant(theta)).astype(x.dtype)
@@ -181,7 +181,11 @@ def _descent(
             return prediction - _push(column, move), (move, new)
 
         _, (moves, new) = jax.lax.scan(update, _predict(matrix, x), (x, columns, steps, slices))
-        return moves, new
+        return moves, new, steps
+
+    def residual(x: Any, theta: Any) -> tuple[Residual, ...]:
+        moves, _, steps = sweep(x, theta)
+        return (Residual((moves.T / steps).T),)
 
     def energy(v: Any, theta: Any) -> Any:
         matrix = _matrix(who, design, v, theta, blocks)
@@ -197,6 +201,7 @@ def _descent(
         apply=lambda x, theta: sweep(x, theta)[1],
         displacement=lambda x, theta: sweep(x, theta)[0],
         metric=energy if prox is None and definite else None,
+        natural_residual=residual,
         name=who,
     )
 

@@ -114,4 +114,4 @@ def red(objective: Objective, denoiser: Denoiser, step_size: Coefficient, weight
         residual = _tree.subtract(x, same_as(who, "the denoiser", denoiser(x, theta), x))
         return _tree.scale(step(theta), _tree.add_scaled(slope, weight_of(theta), residual))
 
-    return Operator(lambda x, theta: _tree.subtract(x, displacement(x, theta)), displacement, name=who)
+    return Operator(lambda x, theta: _tree.subtract(x, displacement(x, theta)), displacement, step_size=step, name=who)

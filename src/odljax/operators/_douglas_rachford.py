@@ -8,7 +8,7 @@ from .. import _tree
 from .._checks import coefficient_of_theta, is_callable, same_as
 from .._types import Coefficient
 from ._gradient import Objective, Prox, value_and_gradient
-from ._operator import Operator
+from ._operator import Operator, Residual
 
 
 def douglas_rachford(prox_g: Prox, prox_h: Prox, step_size: Coefficient) -> Operator:
@@ -149,7 +149,8 @@ def _governed(
     def readout(u: Any, theta: Any) -> Any:
         return same_as(who, "prox_h", prox_h(u, theta, step(theta)), u)
 
-    def displacement(u: Any, theta: Any) -> Any:
+    def pieces(u: Any, theta: Any) -> tuple[Any, Any, Any, Any]:
+        """x, x minus the other proximal point, and its two brackets: what h and f, and what g, push."""
         # Brackets that are exactly zero, in value and Jacobian, where their proximal operator is locally the identity.
         x = readout(u, theta)
         forward = _tree.add(x, _tree.subtract(x, u))
@@ -158,6 +159,21 @@ def _governed(
             shift = _tree.scale(step(theta), value_and_gradient(who, objective, x, theta)[1])
             forward, gap = _tree.subtract(forward, shift), _tree.add(gap, shift)
         other = same_as(who, "prox_g", prox_g(forward, theta, step(theta)), u)
-        return _tree.scale(stretch, _tree.add(gap, _tree.subtract(forward, other)))
+        rest = _tree.subtract(forward, other)
+        return x, _tree.add(gap, rest), gap, rest
 
-    return Operator(lambda u, theta: _tree.subtract(u, displacement(u, theta)), displacement, readout=readout, name=who)
+    def displacement(u: Any, theta: Any) -> Any:
+        return _tree.scale(stretch, pieces(u, theta)[1])
+
+    def residual(u: Any, theta: Any) -> tuple[Residual, ...]:
+        x, apart, *pushes = pieces(u, theta)
+        forces = [_tree.divide(push, step(theta)) for push in (apart, *pushes)]
+        return Residual(forces[0], tuple(forces[1:])), Residual(apart, (x,))
+
+    return Operator(
+        apply=lambda u, theta: _tree.subtract(u, displacement(u, theta)),
+        displacement=displacement,
+        readout=readout,
+        natural_residual=residual,
+        name=who,
+    )

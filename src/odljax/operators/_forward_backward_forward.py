@@ -9,7 +9,7 @@ from .. import _tree
 from .._checks import coefficient_of_theta, is_callable, same_as
 from .._types import Coefficient
 from ._gradient import Prox
-from ._operator import Operator
+from ._operator import Operator, Residual
 
 
 def forward_backward_forward(
@@ -58,17 +58,31 @@ def forward_backward_forward(
         is_callable(who, "prox", prox, "v, theta, step_size")
     step = coefficient_of_theta(who, "step_size", step_size)
 
-    def displacement(x: Any, theta: Any) -> Any:
-        gamma = step(theta)
+    def push(x: Any, theta: Any) -> Any:
+        return _tree.scale(step(theta), same_as(who, "monotone", monotone(x, theta), x))
 
-        def push(x: Any) -> Any:
-            return _tree.scale(gamma, same_as(who, "monotone", monotone(x, theta), x))
-
-        forward = _tree.subtract(x, push(x))
+    def pieces(x: Any, theta: Any) -> tuple[Any, Any, Any]:
+        """The first push, the point after it and p."""
+        first = push(x, theta)
+        forward = _tree.subtract(x, first)
         if prox is None:
-            return push(forward)
-        # x - p is the bracket and the first push, and that push cancels against the correction.
-        backward = same_as(who, "the prox", prox(forward, theta, gamma), x)
-        return _tree.add(_tree.subtract(forward, backward), push(backward))
+            return first, forward, forward
+        return first, forward, same_as(who, "the prox", prox(forward, theta, step(theta)), x)
 
-    return Operator(lambda x, theta: _tree.subtract(x, displacement(x, theta)), displacement, name=who)
+    def displacement(x: Any, theta: Any) -> Any:
+        # x - p is the bracket and the first push, and that push cancels against the correction.
+        _, forward, backward = pieces(x, theta)
+        corrected = push(backward, theta)
+        return corrected if prox is None else _tree.add(_tree.subtract(forward, backward), corrected)
+
+    def residual(x: Any, theta: Any) -> tuple[Residual, ...]:
+        first, forward, backward = pieces(x, theta)
+        return (Residual(_tree.divide(_tree.add(_tree.subtract(forward, backward), first), step(theta))),)
+
+    return Operator(
+        apply=lambda x, theta: _tree.subtract(x, displacement(x, theta)),
+        displacement=displacement,
+        step_size=step,
+        natural_residual=residual,
+        name=who,
+    )

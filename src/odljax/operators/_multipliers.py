@@ -14,10 +14,11 @@ from .._checks import coefficient_of_theta, count, is_a, is_callable, same_as
 from .._types import Coefficient
 from ..linear import LinearSolver, cg
 from ._gradient import Objective, Prox, value_and_gradient
-from ._operator import Operator
+from ._operator import Operator, Residual
 from ._weights import (
     PrimalDual,
     Weight,
+    expect,
     given,
     preconditioner_of,
     solve_definite,
@@ -131,31 +132,44 @@ def proximal_alm(
 
         return step(0, x) if num_newton_steps == 1 else jax.lax.fori_loop(0, num_newton_steps, step, x)
 
-    def pieces(u: PrimalDual, theta: Any) -> tuple[Any, Any]:
-        x, y = u
+    def pieces(u: PrimalDual, theta: Any) -> tuple[Any, Any, tuple[Any, Any]]:
+        """x+, the step of y, and A x+ and b."""
+        x, y = expect(who, u, PrimalDual)
         beta, b = beta_of(theta), given(observation, theta)
         if argmin is None:
             new = newton(x, y, theta, beta, b)
         else:
             v = _tree.subtract(b, _tree.scale(1 / beta, y))
             new = same_as(who, "argmin", argmin(x, v, theta, beta), x)
-        return new, _tree.scale(beta, _tree.subtract(image(new, y, theta), b))
+        fitted = image(new, y, theta)
+        return new, _tree.scale(beta, _tree.subtract(fitted, b)), (fitted, b)
 
     def apply(u: PrimalDual, theta: Any) -> PrimalDual:
-        new, move = pieces(u, theta)
+        new, move, _ = pieces(u, theta)
         return type(u)(new, _tree.add(u.y, move))
 
     def displacement(u: PrimalDual, theta: Any) -> PrimalDual:
-        new, move = pieces(u, theta)
+        new, move, _ = pieces(u, theta)
         return type(u)(_tree.subtract(u.x, new), _tree.negative(move))
+
+    def residual(u: PrimalDual, theta: Any) -> tuple[Residual, ...]:
+        new, move, terms = pieces(u, theta)
+        gap, dual = _tree.subtract(u.x, new), _tree.add(u.y, move)
+        parts = Residual(_tree.subtract(*terms), terms), Residual(move, (u.y, dual)), Residual(gap, (u.x, new))
+        if weightless:
+            return parts
+        # What the weight leaves of 0 in grad f + A'y, compared with the second term.
+        pull = with_adjoint(lambda x: image(x, u.y, theta), new)[1](dual)
+        return *parts, Residual(G0.apply(gap, theta), (pull,))
 
     def metric(v: PrimalDual, theta: Any) -> PrimalDual:
         return type(v)(G0.apply(v.x, theta), _tree.scale(1 / beta_of(theta), v.y))
 
     # Where G_0 has a zero the form is semidefinite: no metric.
     known = not callable(proximal_weight) and not isinstance(proximal_weight, Tracer)
+    weightless = known and not np.any(np.asarray(proximal_weight))
     carried = None if known and not np.all(np.asarray(proximal_weight)) else metric
-    return Operator(apply, displacement, carried, readout=lambda u, theta: u.x, name=who)
+    return Operator(apply, displacement, carried, readout=lambda u, theta: u.x, natural_residual=residual, name=who)
 
 
 def linearized_alm(
@@ -215,8 +229,9 @@ def linearized_alm(
     beta_of = coefficient_of_theta(who, "penalty", penalty)
     r_of = weight_of_theta(who, "proximal_weight", proximal_weight)
 
-    def pieces(u: PrimalDual, theta: Any) -> tuple[Any, Any, Any, Any]:
-        x, y = u
+    def pieces(u: PrimalDual, theta: Any) -> tuple[Any, Any, Any, Any, tuple[Any, Any]]:
+        """x+, the forward point, the step to it, the step of y, and A x and b."""
+        x, y = expect(who, u, PrimalDual)
         beta, r, b = beta_of(theta), r_of(theta), given(observation, theta)
 
         def image(x: Any) -> Any:
@@ -226,15 +241,26 @@ def linearized_alm(
         shift = unweigh(r, adjoint(_tree.add_scaled(y, beta, _tree.subtract(fitted, b))))
         forward = _tree.subtract(x, shift)
         new = same_as(who, "the prox", prox(forward, theta, 1 / r), x)
-        return new, forward, shift, _tree.scale(beta, _tree.subtract(image(new), b))
+        return new, forward, shift, _tree.scale(beta, _tree.subtract(image(new), b)), (fitted, b)
 
     def apply(u: PrimalDual, theta: Any) -> PrimalDual:
-        new, _, _, move = pieces(u, theta)
+        new, _, _, move, _ = pieces(u, theta)
         return type(u)(new, _tree.add(u.y, move))
 
     def displacement(u: PrimalDual, theta: Any) -> PrimalDual:
-        new, forward, shift, move = pieces(u, theta)
+        new, forward, shift, move, _ = pieces(u, theta)
         return type(u)(_tree.add(_tree.subtract(forward, new), shift), _tree.negative(move))
+
+    def residual(u: PrimalDual, theta: Any) -> tuple[Residual, ...]:
+        new, forward, shift, move, terms = pieces(u, theta)
+        r, kept = r_of(theta), _tree.subtract(forward, new)
+        gap = _tree.add(kept, shift)
+        return (
+            Residual(_tree.subtract(*terms), terms),
+            Residual(weigh(r, gap), (weigh(r, shift), weigh(r, kept))),
+            Residual(move, (u.y, _tree.add(u.y, move))),
+            Residual(gap, (u.x, new)),
+        )
 
     def metric(v: PrimalDual, theta: Any) -> PrimalDual:
         beta = beta_of(theta)
@@ -242,4 +268,4 @@ def linearized_alm(
         normal = adjoint(_tree.scale(beta, fitted))
         return type(v)(_tree.subtract(weigh(r_of(theta), v.x), normal), _tree.scale(1 / beta, v.y))
 
-    return Operator(apply, displacement, metric, readout=lambda u, theta: u.x, name=who)
+    return Operator(apply, displacement, metric, readout=lambda u, theta: u.x, natural_residual=residual, name=who)

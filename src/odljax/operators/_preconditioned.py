@@ -9,7 +9,7 @@ from .. import _tree
 from .._checks import is_callable, same_as
 from ..linear import cg
 from ._gradient import Objective, Prox, value_and_gradient
-from ._operator import Operator
+from ._operator import Operator, Residual
 from ._weights import preconditioner_of, solve_definite
 
 
@@ -84,4 +84,9 @@ def preconditioned_forward_backward(
         backward, forward, shift = pieces(x, theta)
         return _tree.add(_tree.subtract(forward, backward), shift)
 
-    return Operator(lambda x, theta: pieces(x, theta)[0], displacement, P.apply, inverse, name=who)
+    def residual(x: Any, theta: Any) -> tuple[Residual, ...]:
+        return (Residual(P.apply(displacement(x, theta), theta)),)  # in the unit of the gradient
+
+    return Operator(
+        lambda x, theta: pieces(x, theta)[0], displacement, P.apply, inverse, natural_residual=residual, name=who
+    )

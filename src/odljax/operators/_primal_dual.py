@@ -8,8 +8,8 @@ from typing import Any
 from .. import _tree
 from .._checks import is_callable, same_as
 from ._gradient import Objective, Prox, value_and_gradient
-from ._operator import Operator
-from ._weights import PrimalDual, Weight, unweigh, weigh, weight_of_theta, with_adjoint
+from ._operator import Operator, Residual
+from ._weights import PrimalDual, Weight, expect, unweigh, weigh, weight_of_theta, with_adjoint
 
 
 def chambolle_pock(
@@ -141,36 +141,49 @@ def _primal_dual(
     t_of = weight_of_theta(who, "step_size", step_size)
     s_of = weight_of_theta(who, "dual_step_size", dual_step_size)
 
-    def pieces(u: PrimalDual, theta: Any) -> tuple[Any, Any, Any, Any]:
-        """x+, the forward point, the step to it from x, and the step of y."""
-        x, y = u
+    def pieces(u: PrimalDual, theta: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """x+, the forward point, the step to it from x, the step of y, and the terms of A' y + grad f and of y's."""
+        x, y = expect(who, u, PrimalDual)
         t, s = t_of(theta), s_of(theta)
 
         def image(x: Any) -> Any:
             return same_as(who, "linear", linear(x, theta), y, "y")
 
         slope = with_adjoint(image, x)[1](y)
+        slopes = (slope,)
         if objective is not None:
-            slope = _tree.add(slope, value_and_gradient(who, objective, x, theta)[1])
+            own = value_and_gradient(who, objective, x, theta)[1]
+            slope, slopes = _tree.add(slope, own), (slope, own)
         shift = weigh(t, slope)
         forward = _tree.subtract(x, shift)
         new = same_as(who, "prox_g", prox_g(forward, theta, t), x)
         reflected = image(_tree.add(new, _tree.subtract(new, x)))
         point = _tree.add(unweigh(s, y), reflected)
         split = same_as(who, "prox_h", prox_h(point, theta, 1 / s), y, "y")
-        return new, forward, shift, weigh(s, _tree.subtract(reflected, split))
+        return new, forward, shift, weigh(s, _tree.subtract(reflected, split)), (slopes, (reflected, split))
 
     def apply(u: PrimalDual, theta: Any) -> PrimalDual:
-        new, _, _, move = pieces(u, theta)
+        new, _, _, move, _ = pieces(u, theta)
         return type(u)(new, _tree.add(u.y, move))
 
     def displacement(u: PrimalDual, theta: Any) -> PrimalDual:
-        new, forward, shift, move = pieces(u, theta)
+        new, forward, shift, move, _ = pieces(u, theta)
         return type(u)(_tree.add(_tree.subtract(forward, new), shift), _tree.negative(move))
+
+    def residual(u: PrimalDual, theta: Any) -> tuple[Residual, ...]:
+        # What the steps leave of 0 in dg + grad f + A'y and dh* - A x, and how far they lead, which a large step tells.
+        new, forward, shift, move, (slopes, images) = pieces(u, theta)
+        gap = _tree.add(_tree.subtract(forward, new), shift)
+        return (
+            Residual(unweigh(t_of(theta), gap), slopes),
+            Residual(_tree.subtract(*images), images),
+            Residual(gap, (u.x, new)),
+            Residual(move, (u.y, _tree.add(u.y, move))),
+        )
 
     def metric(v: PrimalDual, theta: Any) -> PrimalDual:
         fitted, adjoint = with_adjoint(lambda x: linear(x, theta), v.x)
         x = _tree.subtract(unweigh(t_of(theta), v.x), adjoint(v.y))
         return type(v)(x, _tree.subtract(unweigh(s_of(theta), v.y), fitted))
 
-    return Operator(apply, displacement, metric, readout=lambda u, theta: u.x, name=who)
+    return Operator(apply, displacement, metric, readout=lambda u, theta: u.x, natural_residual=residual, name=who)

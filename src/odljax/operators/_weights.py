@@ -13,7 +13,7 @@ from jax import Array
 from jax.core import Tracer
 
 from .. import _tree, linear
-from .._checks import is_callable, same_as
+from .._checks import describe, is_callable, same_as
 from .._types import Scalar, Status
 
 Weight = Scalar | Array | np.ndarray | Callable[..., Any]
@@ -25,6 +25,19 @@ class PrimalDual(NamedTuple):
 
     x: Any
     y: Any
+
+
+def expect(who: str, u: Any, kind: type) -> Any:
+    """The variables of an operator, after checking that they are a named tuple with the fields of that kind."""
+    wanted = kind._fields  # pyright: ignore[reportAttributeAccessIssue]
+    if getattr(u, "_fields", None) != wanted:
+        fields = ", ".join(wanted)
+        came = describe(u) if hasattr(u, "shape") else f"a {type(u).__name__}"
+        raise TypeError(
+            f"{who}: x must be the variables {kind.__name__}({fields}); {came} came. Start from "
+            f"odl.operators.{kind.__name__}, for instance of zeros in the shapes that the docstring says."
+        )
+    return u
 
 
 def given(value: Any, theta: Any) -> Any:
@@ -77,6 +90,11 @@ class Preconditioner(NamedTuple):
 def preconditioner_of(who: str, name: str, value: Any, *, closed: bool = False) -> Preconditioner:
     """P from a weight (a diagonal) or from a linear map ``(v, theta) -> P v``."""
     if callable(value) and _takes(value, 2):
+        if _takes(value, 1):
+            raise TypeError(
+                f"{who}: {name} came as a function that may be called with theta (a diagonal) or with (v, theta) (a "
+                f"linear map): {inspect.signature(value)}. Say which: lambda theta: f(...) or lambda v, theta: f(...)."
+            )
 
         def mapped(v: Any, theta: Any) -> Any:
             return same_as(who, name, value(v, theta), v, "v")
@@ -95,7 +113,7 @@ def _takes(function: Callable[..., Any], number: int) -> bool:
 
 
 def solve_definite(matvec: Callable[[Any], Any], b: Any, solver: linear.LinearSolver) -> Any:
-    """``A^-1 b`` for a symmetric positive-definite A, NaN where the solver left a residual, differentiable in all it touches."""
+    """``A^-1 b`` for a positive-definite A, NaN where the solver left a residual, differentiable in all it touches."""
 
     def solve(matvec: Callable[[Any], Any], b: Any) -> Any:
         v, info = solver(matvec, b)
