@@ -219,14 +219,56 @@ def test_a_warm_start_keeps_the_last_finite_iterate(name):
     assert np.isfinite(after.x).all()
 
 
-def test_the_default_step_of_the_outer_loss_falls_like_one_over_k():
+@pytest.mark.parametrize("name", ["hodl", "bda"])
+def test_the_default_step_knows_the_units_of_the_outer_loss(name):
+    """A mean is a sum: c, and the answer, have nothing to do with each other."""
     problem = odl.problems.p_c(1.0)
-    default = hodl(problem.T, problem.outer, num_steps=4)
-    spelled = hodl(problem.T, problem.outer, num_steps=4, step_size=lambda k: 1 / (k.astype(float) + 1))
-    state = default.init(problem.theta, problem.x0)
-    np.testing.assert_allclose(
-        default.update(problem.theta, state)[0], spelled.update(problem.theta, state)[0], rtol=1e-13
-    )
+
+    def update(w, c, **options):
+        outer = lambda u, w: c * problem.outer(u, w)
+        if name == "hodl":
+            hyper = hodl(problem.T, outer, num_steps=100, **options)
+        else:
+            hyper = odl.hypergradients.bda(problem.objective, outer, num_steps=100, step_size=0.25, **options)
+        gradient, _, info = hyper.update(w, hyper.init(w, problem.x0))
+        return gradient / c, info.x
+
+    batched = jax.jit(jax.vmap(update))
+    w, c = jnp.meshgrid(jnp.asarray([0.0, 1.0]), jnp.asarray([1.0, 1e-3, 1e3, 1e-30, 1e30]), indexing="ij")
+    gradients, x = batched(w.ravel(), c.ravel())
+    gradients, x = gradients.reshape(2, -1), x.reshape(2, 5, 2)
+    np.testing.assert_allclose(gradients, np.repeat(gradients[:, :1], 5, 1), rtol=1e-9)
+    np.testing.assert_allclose(x, np.repeat(x[:, :1], 5, 1), rtol=1e-9)
+    roots = -gradients[0] / (gradients[1] - gradients[0])
+    if name == "hodl":
+        np.testing.assert_allclose(roots, odl.problems.p_c_minimiser(1.0, 100), rtol=1e-9)  # L = 1
+    assert (abs(roots - 0.5) < 0.03).all()  # the simple variant ends at 0.337
+
+
+def test_the_default_step_is_the_inverse_lipschitz_constant_in_the_metric():
+    """One step from u_0 against NumPy: eigenvalues of G^-1 H; a linear outer loss moves as far as the inner step."""
+    H, G = np.diag([1.0, 4.0, 9.0]), np.diag([2.0, 1.0, 30.0])
+    D = lambda u, theta: 0.5 * u + theta
+    u0, slope = np.array([1.0, -2.0, 0.5]), np.array([3.0, -1.0, 2.0])
+    below = 0.5 * u0 + 0.3
+
+    def end(outer, inverse=None):
+        hyper = hodl(D, outer, num_steps=1, relaxation=1.0, metric_inverse=inverse)
+        gradient, _, info = hyper.update(0.3, hyper.init(0.3, jnp.asarray(u0)))
+        assert np.isfinite(gradient)
+        return np.asarray(info.x)
+
+    quadratic = lambda u, theta: 0.5 * u @ (H @ u)
+    for metric, inverse in ((np.eye(3), None), (G, lambda v, theta: v / jnp.diag(G))):
+        operator = np.linalg.solve(metric, H)
+        size = 1 / np.abs(np.linalg.eigvals(operator)).max()
+        np.testing.assert_allclose(end(quadratic, inverse), 0.5 * (u0 - size * operator @ u0) + 0.5 * below, rtol=1e-3)
+    size = np.linalg.norm(u0 - below) / np.linalg.norm(slope)
+    for c in (1.0, 1e-9):
+        np.testing.assert_allclose(
+            end(lambda u, theta, c=c: c * (slope @ u)), 0.5 * (u0 - size * slope) + 0.5 * below, rtol=1e-9
+        )
+    np.testing.assert_array_equal(end(lambda u, theta: theta), 0.5 * u0 + 0.5 * below)
 
 
 def test_data_reaches_the_outer_loss_and_its_aggregation():

@@ -12,6 +12,7 @@ from .._checks import coefficient, count, differentiable, is_callable
 from .._types import Coefficient, State, Step, Theta, X
 from ..derivatives import unrolled
 from ..iterations import aggregate, gradient_descent
+from ..iterations._aggregation import outer_unit
 from ..solvers import for_steps
 from ._estimator import Hypergradient, Info, WalkState, conclude, keep_finite, losses, pair, start_outer
 from ._start import first_start, started
@@ -50,7 +51,8 @@ def bda(
         outer: F, ``(x, theta, outer_data) -> scalar``, likewise.
         num_steps: K, at least 1, static.
         step_size: :math:`\gamma_k > 0`, the step on f.
-        outer_step_size: :math:`s_k`, at least 0, the step on F; None: that on f.
+        outer_step_size: :math:`s_k`, at least 0, the step on F. None: 1/L, the inverse Lipschitz constant of
+            :math:`\nabla_x F` at the start of the update, found as in ``hodl``: a multiple of F changes nothing.
         weight: :math:`\alpha_k` in [0, 1); default 0.5/(k + 1).
         warm_start: start each update from the last inner solution instead of x0.
         checkpoint_every: as in ``unrolled``.
@@ -101,12 +103,13 @@ def bda(
         inner_data, outer_data = pair(who, data)
         below = lambda x, theta: inner_loss(x, theta, *inner_data)  # noqa: E731
         above = lambda x, theta: outer_loss(x, theta, *outer_data)  # noqa: E731
-        walk = aggregate(
-            gradient_descent(below, step_size),
-            above,
-            weight=weight,
-            step_size=step_size if outer_step_size is None else outer_step_size,
-        )
+        descent = gradient_descent(below, step_size)
+        s = outer_step_size
+        if s is None:
+            at = started(who, start, theta, state.x)
+            unit = outer_unit(who, descent, above, None, at, theta)
+            s = lambda k: unit  # noqa: E731
+        walk = aggregate(descent, above, weight=weight, step_size=s)
         solver = unrolled(for_steps(walk, num_steps), checkpoint_every=checkpoint_every, on_failure="ignore")
 
         def value_of(theta: Theta) -> Any:

@@ -13,6 +13,7 @@ from .._checks import coefficient, count, differentiable, is_callable, scalar
 from .._types import Coefficient, State, Step, Theta, X
 from ..derivatives import unrolled
 from ..iterations import Iteration, aggregate, krasnoselskii_mann, project
+from ..iterations._aggregation import outer_unit
 from ..iterations._iteration import iteration_of
 from ..operators import Operator
 from ..operators._operator import inverse_metric
@@ -22,10 +23,6 @@ from ._estimator import Hypergradient, Info, WalkState, advance_outer, keep_fini
 from ._start import first_start, started
 
 
-def _harmonic(k: Step) -> Any:
-    return 1.0 / (k.astype(float) + 1.0)
-
-
 def hodl(
     operator_or_iteration: Iteration[X, Theta] | Operator[X, Theta] | Callable[[X, Theta], X],
     outer: Callable[..., Any],
@@ -33,7 +30,7 @@ def hodl(
     num_steps: int,
     relaxation: Coefficient = 0.5,
     weight: Coefficient = 0.5,
-    step_size: Coefficient = _harmonic,
+    step_size: Coefficient | None = None,
     metric_inverse: Callable[[X, Theta], X] | None = None,
     projection: Callable[[X, Theta], X] | None = None,
     warm_start: bool = False,
@@ -49,8 +46,10 @@ def hodl(
         v_u &= u_k - s_k G_\theta^{-1} \nabla_u \ell(u_k, \theta) \\
         u_{k+1} &= P_{G_\theta}(\mu_k v_u + (1 - \mu_k) v_\ell)
 
-    and the gradient is that of :math:`\varphi_K(\theta) = \ell(u_K(\theta), \theta)`, through all K aggregated steps.
-    Any optax update, projected if theta is constrained, may follow.
+    by default with :math:`s_k = 1 / (L (k + 1))`, L the Lipschitz constant of :math:`G_\theta^{-1} \nabla_u \ell` at
+    :math:`u_0`, estimated anew in each update, so that a sum and a mean, or any multiple, of the outer loss have one
+    answer; and the gradient is that of :math:`\varphi_K(\theta) = \ell(u_K(\theta), \theta)`, through all K aggregated
+    steps. Any optax update, projected if theta is constrained, may follow.
 
     When: the fixed point of D is not unique, so that the outer loss must choose among them: with :math:`s_k \to 0`,
     :math:`\sum s_k = \infty` the minimisers of :math:`\varphi_K` approach those of the true problem. ``weight=0`` is
@@ -67,7 +66,10 @@ def hodl(
         num_steps: K, at least 1, static.
         relaxation: :math:`\alpha_k` in (0, 2), as in ``krasnoselskii_mann``.
         weight: :math:`\mu_k` in [0, 1).
-        step_size: :math:`s_k`, at least 0; default 1/(k + 1).
+        step_size: :math:`s_k`, at least 0. None: 1/(L (k + 1)), where L is found by ten power iterations with products
+            of the Hessian at :math:`u_0` and has no derivative; where the outer loss has no curvature there (it is
+            linear), the first outer move is as long as the inner one. A loss whose curvature grows much along the way
+            needs a step of its own.
         metric_inverse: :math:`v \mapsto G_\theta^{-1} v`, ``(v, theta) -> v``. None: that of the operator; if it
             states a metric without an inverse, conjugate gradients; if it states none, the identity.
         projection: P, ``(u, theta) -> u``, the projection on the inner constraint set in the metric. None: no
@@ -110,7 +112,8 @@ def hodl(
     num_steps = count(who, "num_steps", num_steps)
     coefficient(who, "relaxation", relaxation, high=2.0)
     coefficient(who, "weight", weight, high=1.0, closed=True)
-    coefficient(who, "step_size", step_size, closed=True)
+    if step_size is not None:
+        coefficient(who, "step_size", step_size, closed=True)
     if checkpoint_every is not None:
         count(who, "checkpoint_every", checkpoint_every)
     operator = base.operator
@@ -131,11 +134,20 @@ def hodl(
     watched = operator if plain else None
     relaxed = krasnoselskii_mann(base if watched is None else _watched(watched, num_steps), relaxation)
 
-    def compose(data: tuple[Any, ...]) -> Any:
+    blind = isinstance(weight, (int, float)) and weight == 0
+
+    def compose(theta: Theta, x0: X, data: tuple[Any, ...]) -> Any:
         def loss(x: X, theta: Theta) -> Any:
             return scalar(who, "the outer loss", outer(x, theta, *data))
 
-        walk = aggregate(relaxed, loss, weight=weight, step_size=step_size, metric_inverse=metric_inverse)
+        s = step_size
+        if s is None and blind:
+            s = 0.0
+        elif s is None:
+            at = started(who, start, theta, x0)
+            unit = outer_unit(who, base, loss, metric_inverse, at, theta)
+            s = lambda k: unit / (k + 1).astype(unit.dtype)  # noqa: E731
+        walk = aggregate(relaxed, loss, weight=weight, step_size=s, metric_inverse=metric_inverse)
         if projection is not None:
             walk = project(walk, projection)
         record = None if watched is not None else lambda x, theta, k: residual_at(base, x, theta)
@@ -148,7 +160,7 @@ def hodl(
 
     def update(theta: Theta, state: WalkState, *data: Any) -> tuple[Theta, State, Info]:
         differentiable(who, theta)
-        solver, loss = compose(data)
+        solver, loss = compose(theta, state.x, data)
 
         def value_of(theta: Theta) -> Any:
             solution = solver(started(who, start, theta, state.x), theta)

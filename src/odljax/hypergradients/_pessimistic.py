@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from .. import _tree
 from .._checks import differentiable, is_a, is_callable, scalar
-from .._types import State, Status, Step, Theta, X
+from .._types import State, Step, Theta, X
 from ..iterations import Iteration
 from ..operators import Operator
 from ..operators._operator import displacement
 from ..solvers import Solver, for_steps
 from ..solvers._solver import checked_step, residual_at, start_state
-from ._estimator import Hypergradient, Info, WalkState, advance_outer, start_outer
+from ._estimator import Hypergradient, Info, WalkState, advance_outer, start_outer, told
 from ._start import check_start, first_start, started
 
 
@@ -127,7 +127,7 @@ def pessimistic(
 
         (value, solution), gradient = jax.value_and_grad(value_of, has_aux=True)(theta)
         x = solution.x.worst
-        status = jnp.where(jnp.isfinite(value), solution.status, jnp.full_like(solution.status, Status.NON_FINITE))
+        status = told(solution.status, value, gradient)
         outer_walk, change = advance_outer(state.outer, theta)
         residual = residual_at(solver.iteration, x, theta)
         info = Info(value, residual, None, status, solution.state.k, change, solution.history, x)

@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax import Array
+
 from .. import _tree
 from .._checks import coefficient, is_callable, same_as
 from .._types import Coefficient, State, Step, Theta, X
@@ -30,6 +34,10 @@ def aggregate(
     It approaches, with :math:`s_k \to 0` and :math:`\sum s_k = \infty`, that fixed point of the step that has the least
     outer loss. There is no operator whose fixed point the iterates approach at a fixed step, so ``implicit`` is
     refused.
+
+    The step must suit the outer loss: one that is far below :math:`1 / L_\ell`, the inverse Lipschitz constant of
+    :math:`\nabla_x \ell` (of a mean over n numbers it is n times that of their sum), is the plain iteration in effect.
+    ``hypergradients.hodl`` and ``bda`` estimate the constant by default.
 
     When: the inner solution is not unique; see ``hypergradients.hodl``.
 
@@ -75,3 +83,45 @@ def aggregate(
         return _tree.interpolate(below, above, mu(theta, k)), state
 
     return dataclasses.replace(iteration, step=step, operator=None, name=name)
+
+
+def outer_unit(
+    who: str,
+    iteration: Iteration[X, Theta],
+    outer: Callable[[X, Theta], Any],
+    metric_inverse: Callable[[X, Theta], X] | None,
+    x: X,
+    theta: Theta,
+) -> Array:
+    """The step that suits the outer loss at x: 1/L, the inverse Lipschitz constant of its gradient in the metric.
+
+    Where the loss has no curvature there, a step as long as that of the iteration. No derivative passes through.
+    """
+    x, theta = jax.lax.stop_gradient((x, theta))
+
+    def slope(x: X) -> X:
+        ascent = value_and_gradient(who, outer, x, theta)[1]
+        return ascent if metric_inverse is None else same_as(who, "metric_inverse", metric_inverse(ascent, theta), x)
+
+    # The transpose of G^-1 Hess has the same eigenvalues, and reverse mode is all that the walk asks of the loss.
+    ascent, transpose = jax.vjp(slope, x)
+
+    def power(_: Array, carry: tuple[X, Array]) -> tuple[X, Array]:
+        v, _ = carry
+        w = _tree.conjugate(transpose(_tree.conjugate(v))[0])
+        size = _tree.norm(w)
+        return _tree.divide(w, jnp.where(size > 0, size, jnp.ones_like(size))), size
+
+    leaves, structure = jax.tree.flatten(x)
+    # Fixed, and of no pattern that a problem would have.
+    waves = [
+        jnp.cos(2.4 * jnp.arange(leaf.size).astype(float) + i).reshape(leaf.shape) for i, leaf in enumerate(leaves)
+    ]
+    v = jax.tree.unflatten(structure, [w.astype(leaf.dtype) for w, leaf in zip(waves, leaves, strict=True)])
+    first = _tree.divide(v, _tree.norm(v))
+    _, constant = jax.lax.fori_loop(0, 10, power, (first, jnp.zeros_like(_tree.norm(x))))
+    below, _ = iteration.step(x, iteration.init(x, theta), theta, jnp.zeros((), int))
+    level = _tree.norm(_tree.subtract(x, below)) / _tree.norm(ascent)
+    level = jnp.where(jnp.isfinite(level), level, jnp.zeros_like(level))
+    curved = jnp.isfinite(1 / constant) & jnp.isfinite(constant)
+    return jax.lax.stop_gradient(jnp.where(curved, 1 / constant, level))
