@@ -190,9 +190,9 @@ def test_bda_is_hodl_on_a_gradient_step():
     a, b = (hyper.update(problem.theta, hyper.init(problem.theta, problem.x0)) for hyper in (ours, theirs))
     np.testing.assert_allclose(a[0], b[0], atol=1e-14)
     np.testing.assert_allclose(a[2].x, b[2].x, atol=1e-14)
-    # Without a step of its own the outer loss is descended with that of the inner one.
+    # Without a step of its own the outer loss is descended with 1/L, and this one has L = 1.
     ours = h.bda(problem.objective, problem.outer, num_steps=40, step_size=0.5, weight=0.3)
-    theirs = h.hodl(descent, problem.outer, num_steps=40, relaxation=1.0, weight=0.3, step_size=0.5)
+    theirs = h.hodl(descent, problem.outer, num_steps=40, relaxation=1.0, weight=0.3, step_size=1.0)
     a, b = (hyper.update(problem.theta, hyper.init(problem.theta, problem.x0)) for hyper in (ours, theirs))
     np.testing.assert_allclose(a[0], b[0], atol=1e-14)
 
