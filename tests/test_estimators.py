@@ -145,3 +145,26 @@ def test_minibatches(name):
         built(name, batch_size=4).init(PROBLEM.theta, PROBLEM.x0)
     with pytest.raises(ValueError, match="batch_size is 25, but there are 24 samples"):
         built(name, batch_size=25).init(PROBLEM.theta, PROBLEM.x0, PROBLEM.inner_data, PROBLEM.outer_data)
+
+
+@pytest.mark.parametrize("name", ["alternating", "soba"])
+def test_divergence_is_told_in_any_units(name):
+    """Steps three times too long grow for ever, right ones come to rest; the units of x and theta do not matter."""
+    outer = lambda x, theta: 0.5 * jnp.sum((x - 1.0) ** 2)
+
+    def statuses(step, unit):
+        inner = lambda x, theta: 0.5 * jnp.sum((x - theta) ** 2)
+        hyper = getattr(odl.hypergradients, name)(inner, outer, step_size=lambda k: step)
+        theta = unit * jnp.array([0.5, -0.2])
+
+        def body(state, _):
+            _, state, info = hyper.update(theta, state)
+            return state, info.status
+
+        return jax.lax.scan(body, hyper.init(theta, jnp.zeros(2)), length=40)[1]
+
+    steps, units = jnp.meshgrid(jnp.asarray([3.0, 0.3]), jnp.asarray([1e-100, 1.0, 1e100]), indexing="ij")
+    told = jax.jit(jax.vmap(statuses))(steps.ravel(), units.ravel()).reshape(2, 3, 40)
+    assert (told[0, :, -1] == odl.Status.DIVERGED).all()
+    assert (told[0, :, 0] == odl.Status.COMPLETED).all()
+    assert (told[1] == odl.Status.COMPLETED).all()

@@ -50,8 +50,7 @@ def alternating(
         ValueError: a step size that is not positive, a count below 1.
         TypeError: a loss that is no function; at trace time, a loss that is not a real scalar, data that is not a pair.
 
-    Cost: ``num_steps`` gradients of f in x and one for ``info.inner_residual``, which the compiler leaves out where
-    nobody reads it; one of F in theta; the state holds x.
+    Cost: ``num_steps`` gradients of f in x and one for ``info.inner_residual``; one of F in theta; the state holds x.
 
     Source: folklore; its failure is the reason for bilevel methods.
 

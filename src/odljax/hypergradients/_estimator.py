@@ -28,7 +28,8 @@ class Info(NamedTuple):
             of an operator, ``||grad_x f||`` (of the minibatch, if there is one) where losses are given; None without
             either.
         adjoint_residual: ``||b - A v|| / ||b||`` of the adjoint system; None where there is none.
-        status: the worse code of inner and adjoint solve; ``odl.check(info)`` raises on the bad ones.
+        status: the worse code of inner and adjoint solve; ``odl.check(info)`` raises on the bad ones. Estimators of two
+            losses are DIVERGED where the inner residual and x have both grown a million times since ``init``.
         num_steps: inner steps taken.
         outer_change: ``||theta_t - theta_(t-1)|| / ||theta_(t-1)||`` since the last update; infinite at the first.
         history: rows recorded on the inner way, or None.
@@ -96,10 +97,11 @@ def _own(init: Callable[..., State]) -> Callable[..., State]:
 
 
 class Outer(NamedTuple):
-    """Where the outer walk stands: the last theta and the number of updates."""
+    """Where the outer walk stands: the last theta, the number of updates, and the first sizes of what may diverge."""
 
     theta: Any
     t: Array
+    first: Array  # of the inner residual and of x, 0 until one is known
 
 
 class WalkState(NamedTuple):
@@ -110,7 +112,7 @@ class WalkState(NamedTuple):
 
 
 def start_outer(theta: Any) -> Outer:
-    return Outer(_tree.strong(theta), jnp.zeros((), int))
+    return Outer(_tree.strong(theta), jnp.zeros((), int), jnp.zeros(2, _tree.accumulation_dtype(theta)))
 
 
 def advance_outer(outer: Outer, theta: Any) -> tuple[Outer, Array]:
@@ -119,7 +121,9 @@ def advance_outer(outer: Outer, theta: Any) -> tuple[Outer, Array]:
     size = _tree.norm(outer.theta)
     change = _tree.norm(_tree.subtract(theta, outer.theta))
     relative = change / jnp.where(size > 0, size, jnp.ones_like(size))
-    return Outer(theta, outer.t + 1), jnp.where(outer.t == 0, jnp.full_like(relative, jnp.inf), relative)
+    return outer._replace(theta=theta, t=outer.t + 1), jnp.where(
+        outer.t == 0, jnp.full_like(relative, jnp.inf), relative
+    )
 
 
 def keep_finite(new: Any, old: Any) -> Any:
@@ -189,10 +193,22 @@ def conclude(
     theta = _tree.strong(theta)
     gradient = same_as(who, "the gradient", gradient, theta, "theta")
     finite = _tree.all_finite((value, gradient, x))
-    status = jnp.where(finite, Status.COMPLETED, Status.NON_FINITE).astype(jnp.int32)
+    diverged, walk = _diverged(walk, inner_residual, x)
+    status = jnp.where(diverged, Status.DIVERGED, Status.COMPLETED)
+    status = jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32)
     walk, change = advance_outer(walk, theta)
     steps = jnp.asarray(num_steps, int)
     return gradient, walk, Info(value, inner_residual, adjoint_residual, status, steps, change, history, x)
+
+
+def _diverged(walk: Outer, inner_residual: Array | None, x: Any) -> tuple[Array, Outer]:
+    """Whether inner residual and x have both grown a million times against the first that were not zero."""
+    if inner_residual is None:
+        return jnp.zeros((), bool), walk
+    sizes = [size.astype(walk.first.dtype) for size in (inner_residual, _tree.norm(x))]
+    now = jax.lax.stop_gradient(jnp.stack(sizes))
+    first = jnp.where(walk.first > 0, walk.first, jnp.where(jnp.isfinite(now), now, jnp.zeros_like(now)))
+    return jnp.all((first > 0) & (1e-6 * now > first)), walk._replace(first=first)
 
 
 def finish(
@@ -231,7 +247,7 @@ def finish(
         sound = _tree.all_finite(jax.lax.stop_gradient((moved, walk.theta)))
     kept = _tree.where(sound, moved, {name: getattr(state, name) for name in names})
     last = _tree.where(sound, walk.theta, before.theta)
-    outer = Outer(last, jnp.where(sound | (before.t > 0), walk.t, before.t))
+    outer = Outer(last, jnp.where(sound | (before.t > 0), walk.t, before.t), walk.first)
     status = jnp.where(sound, info.status, jnp.asarray(int(Status.NON_FINITE), info.status.dtype))
     return gradient, new._replace(**kept, outer=outer), info._replace(status=status)
 
