@@ -155,6 +155,19 @@ def jax_levels(x, w):
     return x[:1] ** 2 + x[1:] - 0.2 + jnp.asarray(E) @ w
 
 
+def gap_residual(x, w, m):
+    """The gradient mapping in x of the Lagrangian, under the ball."""
+    slope = f_x(x, w) + np.array([2 * x[0], 1.0]) * np.maximum(m[2] + 0.6 * levels(x, w), 0)
+    return np.linalg.norm(x - ball(x - A * slope, 0.45)) / A
+
+
+def bamm_residual(x, w, m, k):
+    """The misfit of the aggregated adjoint system over its right side."""
+    mu = 0.9 / (k + 1) ** 0.1
+    hessian = mu * np.eye(2) + (1 - mu) * f_xx(x)
+    return np.linalg.norm(hessian @ m[1] - F_x(x, w)) / np.linalg.norm(F_x(x, w))
+
+
 PAIRS = {
     "alternating": (h.alternating(inner, outer, step_size=A, num_steps=2), alternating, (X0,)),
     "bamm": (h.bamm(inner, outer, step_size=A), bamm, (X0, 0 * X0)),
@@ -228,9 +241,17 @@ def test_twenty_updates_equal_numpy(name):
         np.testing.assert_allclose(thetas[k], w, rtol=0, atol=1e-9)
         if not kept and name == "pbgd":
             memory = (memory[0], memory[0])  # cold: w starts at x
+        before = memory
         g, memory = reference(w, memory, k)
         np.testing.assert_allclose(gradients[k], g, rtol=0, atol=1e-9)
         np.testing.assert_allclose(infos.x[k], memory[0], rtol=0, atol=1e-9)
+        # Where the walk comes first, the residual is that of its end; elsewhere that of the x the update began with.
+        x = (memory if name in ("alternating", "bvfsm") else before)[0]
+        if name != "meha":
+            residual = gap_residual(x, w, before) if name == "gap_function" else np.linalg.norm(f_x(x, w))
+            np.testing.assert_allclose(infos.inner_residual[k], residual, rtol=0, atol=1e-9)
+        if name == "bamm":
+            np.testing.assert_allclose(infos.adjoint_residual[k], bamm_residual(x, w, before, k), rtol=1e-9)
         w = w - RATE * g
     assert int(infos.status.max()) == odl.Status.COMPLETED
     assert bool(jnp.all(jnp.isfinite(infos.inner_residual)))
