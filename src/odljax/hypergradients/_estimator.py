@@ -112,7 +112,8 @@ class WalkState(NamedTuple):
 
 
 def start_outer(theta: Any) -> Outer:
-    return Outer(_tree.strong(theta), jnp.zeros((), int), jnp.zeros(2, _tree.accumulation_dtype(theta)))
+    theta = _tree.strong(theta)
+    return Outer(theta, jnp.zeros((), int), jnp.zeros(2, _tree.accumulation_dtype(theta)))
 
 
 def advance_outer(outer: Outer, theta: Any) -> tuple[Outer, Array]:
