@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import odljax as odl
-from odljax.hypergradients._directions import own_key, refresh_period, truncation_length
+from odljax.hypergradients._directions import refresh_period
 from odljax.hypergradients._minibatches import minibatches
-from odljax.hypergradients._pzobo import gaussians
 
 h = odl.hypergradients
 
@@ -70,7 +69,8 @@ class Draws:
         self.states = [
             s.init(k) if s else None for s, k in zip(self.samplers, jax.random.split(jax.random.key(KEY)), strict=True)
         ]
-        self.fixed, self.key = fixed, own_key(jax.random.key(KEY))
+        # The third of three streams: the samplers split the key, what else is random folds a 2 into it.
+        self.fixed, self.key = fixed, jax.random.fold_in(jax.random.key(KEY), 2)
 
     def batch(self, side):
         if self.samplers[side] is None:
@@ -86,12 +86,12 @@ class Draws:
         return self.batch(1)[1]
 
     def length(self, num_terms):
-        q, self.key = truncation_length(self.key, num_terms)
-        return int(q)
+        self.key, now = jax.random.split(self.key)
+        return int(jax.random.randint(now, (), 0, num_terms))
 
     def directions(self, num):
-        u, self.key = gaussians(self.key, jnp.zeros(SIZE), num)
-        return np.asarray(u)
+        self.key, now = jax.random.split(self.key)
+        return np.asarray(jax.random.normal(now, (num, SIZE)))
 
 
 # ---- the thirteen formulas: (theta_t) -> gradient, with what they remember in s --------------------------------------
@@ -313,6 +313,39 @@ def test_twenty_updates_are_those_of_the_formula(name, sizes):
         gradient = update(s, theta, draws, t)
         np.testing.assert_allclose(gradients[t], gradient, rtol=1e-9, atol=1e-9, err_msg=f"gradient {t}")
         np.testing.assert_allclose(xs[t], s.x, rtol=1e-9, atol=1e-9, err_msg=f"x {t}")
+        theta = theta - RATE * gradient
+
+
+@pytest.mark.parametrize("name", ["soba", "srba", "amigo", "stocbio"])
+def test_schedules_and_relative_residuals(name, monkeypatch):
+    """A step for every t, over three updates; and an outer loss in units seven times smaller changes no residual."""
+    update, options = FORMULAS[name]
+    sizes, adjoint_sizes = np.array([0.2, 0.05, 0.11]), np.array([0.15, 0.07, 0.02])
+    options = {
+        **options,
+        "step_size": lambda k: jnp.asarray(sizes)[k],
+        "adjoint_step_size": lambda k: jnp.asarray(adjoint_sizes)[k],
+    }
+
+    def gradients(scale):
+        hyper = getattr(h, name)(inner, lambda x, theta, c: scale * outer(x, theta, c), **options)
+        theta, state, out = jnp.asarray(THETA), hyper.init(jnp.asarray(THETA), jnp.asarray(X0), *DATA), []
+        for _ in range(3):
+            gradient, state, info = hyper.update(theta, state, *DATA)
+            theta = theta - RATE / scale * gradient
+            out.append((gradient, info.x, info.adjoint_residual))
+        return out
+
+    one, seven = jax.jit(lambda: (gradients(1.0), gradients(7.0)))()
+    s, theta = Remembered(), THETA
+    s.x, s.v, s.period = X0, np.zeros(SIZE), 1
+    for t in range(3):
+        monkeypatch.setitem(globals(), "A", sizes[t])
+        monkeypatch.setitem(globals(), "AV", adjoint_sizes[t])
+        gradient = update(s, theta, Draws((None, None)), t)
+        np.testing.assert_allclose(one[t][0], gradient, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(one[t][1], s.x, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(seven[t][2], one[t][2], rtol=1e-9)
         theta = theta - RATE * gradient
 
 
