@@ -334,12 +334,32 @@ def test_warm_starts_save_inner_steps_and_adjoint_products():
             steps[hyper].append(int(info.num_steps))
     assert steps[cold][-1] == steps[cold][0] == steps[warm][0]
     assert steps[warm][-1] < steps[cold][-1] / 2
+    # The adjoint by a factorisation: the solver finds it, and started there takes no step.
     x = solver(problem.x0, problem.theta).x
-    slope = jax.grad(problem.outer)(x, problem.theta)
+    slope, hessian = jax.grad(problem.outer)(x, problem.theta), jax.hessian(problem.objective)(x, problem.theta)
+    exact = np.linalg.solve(problem.step_size * np.asarray(hessian), np.asarray(slope))
     _, adjoint, first = solver.adjoint.pull_back(x, problem.theta, slope, None)
-    _, _, second = solver.adjoint.pull_back(x, problem.theta, slope, adjoint)
+    _, _, second = solver.adjoint.pull_back(x, problem.theta, slope, jnp.asarray(exact))
+    np.testing.assert_allclose(adjoint, exact, rtol=0, atol=1e-8 * np.linalg.norm(exact))
     assert int(first.num_steps) > 0
     assert int(second.num_steps) == 0
+
+
+def test_the_penalty_of_imaml_is_that_of_its_update():
+    """f = (x - 2)^2/2: x = (2 + p theta)/(1 + p), with a p for each of three updates."""
+    penalties, theta = np.array([0.7, 0.2, 1.3]), 0.4
+    hyper = odl.hypergradients.imaml(
+        lambda x, theta, goal: 0.5 * (x - goal) ** 2, lambda x, theta, goal: 0.5 * (x - goal) ** 2,
+        num_steps=100, step_size=0.5, penalty=lambda k: jnp.asarray(penalties)[k],
+    )  # fmt: skip
+    tasks = (jnp.array([2.0]), jnp.array([0.5]))
+    update, state = jax.jit(hyper.update), hyper.init(jnp.asarray(theta), None, *tasks)
+    for p in penalties:
+        gradient, state, info = update(jnp.asarray(theta), state, *tasks)
+        x = (2 + p * theta) / (1 + p)
+        close(info.x, np.array([x]), 1e-9)
+        close(gradient, (x - 0.5) * p / (1 + p), 1e-9)
+        theta = theta - 0.1 * (x - 0.5) * p / (1 + p)
 
 
 def test_a_bad_solve_is_reported_and_does_not_spoil_the_next():
