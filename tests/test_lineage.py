@@ -77,7 +77,9 @@ def test_the_answer_by_brute_force(problem, thetas, xs):
     mine = jax.vmap(problem.inner)(x, jnp.asarray(thetas).reshape(-1, *problem.theta.shape))
     assert float(np.abs(mine - f.min(1)).max()) <= 50 * spacing**2
     value = np.asarray(jax.vmap(problem.value)(jnp.asarray(thetas).reshape(-1, *problem.theta.shape)))
-    assert np.median(np.abs(value - best)) < 0.05
+    # The grid's slack only lowers its best: nowhere above the value, and below it by 1 % of its range at most.
+    assert np.all(best < value + 1e-9)
+    assert np.all(value - best < 0.01 * np.ptp(best))
 
 
 def test_the_answer_of_the_nonsmooth_problem():

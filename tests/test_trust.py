@@ -241,6 +241,26 @@ def test_hoag_ties_its_tolerances_to_the_outer_step():
     assert infos.error[-1] < 1e-3 * infos.error[0]
 
 
+def test_hoags_own_tolerance_falls_with_the_square_of_the_update():
+    asked = []
+
+    def recording(tol):
+        jax.debug.callback(lambda value: asked.append(float(value)), tol)
+        return odl.linear.cg(tol=tol)
+
+    hyper = hoag(DESCENT, regularised, linear_solver=recording)
+    state = hyper.init(RIDGE.theta, RIDGE.x0)
+    update = jax.jit(hyper.update)
+    for t in range(3):
+        jax.effects_barrier()
+        asked.clear()
+        _, state, info = update(RIDGE.theta, state)
+        jax.effects_barrier()
+        assert asked
+        np.testing.assert_allclose(asked, 0.1 / (t + 1) ** 2, rtol=1e-12)
+        assert float(info.inner_residual) <= 0.1 / (t + 1) ** 2
+
+
 def test_the_adjoint_starts_from_the_last_one_and_the_inner_solve_keeps_its_budget():
     """Two products an update are too few for an adjoint; update by update they add up."""
     short = odl.implicit(odl.until_converged(DESCENT, tol=1e-12, max_steps=500), odl.linear.cg(tol=1e-9, max_steps=2))
