@@ -779,7 +779,7 @@ f = lambda x, theta: x**2
         ),
         (
             TypeError,
-            "from_optimistix: solver must be a AbstractIterativeSolver; a int came. Make one with optimistix",
+            "from_optimistix: solver must be an AbstractIterativeSolver; an int came. Make one with optimistix",
             lambda: odl.from_optimistix(3, f, "minimise"),
         ),
     ],

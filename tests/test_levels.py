@@ -67,7 +67,7 @@ def test_nested_solvers(middle, inner):
 
 
 def test_a_checkpoint_around_nested_implicit_solvers():
-    """Over fixed counts it works; around two loops that stop by themselves JAX fails, around one of them not."""
+    """Over fixed counts and around loops that stop by themselves."""
     ways = solvers()
 
     def gradient(solution, checkpoint):
@@ -76,9 +76,7 @@ def test_a_checkpoint_around_nested_implicit_solvers():
 
     counted = lambda walk: odl.implicit(odl.for_steps(walk, 90))
     np.testing.assert_allclose(gradient(nested(counted, counted), checkpoint=True), EXACT, atol=1e-9)
-    with pytest.raises(AssertionError) as caught:
-        gradient(nested(ways["implicit"], ways["implicit"]), checkpoint=True)
-    assert not str(caught.value)  # JAX's own, without a word
+    np.testing.assert_allclose(gradient(nested(ways["implicit"], ways["implicit"]), checkpoint=True), EXACT, atol=1e-9)
     segments = lambda walk: odl.unrolled(odl.for_steps(walk, 90), checkpoint_every=10)
     np.testing.assert_allclose(gradient(nested(segments, ways["implicit"]), checkpoint=False), EXACT, atol=1e-9)
 

@@ -758,7 +758,7 @@ PLACES = np.random.default_rng(4).standard_normal((9, 2))
 COST = np.sum((PLACES[:4, None] - PLACES[None, 4:]) ** 2, axis=2)
 
 
-def marginals(plan, theta=None):
+def marginals(plan, theta):
     return plan.sum(axis=1), plan.sum(axis=0)
 
 

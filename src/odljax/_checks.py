@@ -229,14 +229,19 @@ def held(value: Any, low: float, high: float, closed: bool = False) -> Any:
 
 
 def coupling(effects: Any) -> set[Any]:
-    """The vmapped axes over which a program talks to other elements, from the effects of its jaxpr."""
+    """The vmapped axes over which a program, or an equation of it, talks to other elements, from its effects."""
     named = {name for effect in effects if (name := getattr(effect, "name", None)) is not None}
     return named - set(jax.sharding.get_abstract_mesh().axis_names)
 
 
-def uncoupled(who: str, effects: Any) -> None:
-    """Refuses a program, given by the effects of its jaxpr, that talks to the other elements of a vmapped axis."""
-    if axes := coupling(effects):
+def uncoupled(who: str, jaxpr: Any, moving: int) -> None:
+    """Refuses a program that tells the other elements of a vmapped axis of its first arguments, so many of them."""
+    moved, axes = set(jaxpr.invars[:moving]), set()
+    for equation in jaxpr.eqns if coupling(jaxpr.effects) else ():
+        if any(isinstance(variable, type(jaxpr.invars[0])) and variable in moved for variable in equation.invars):
+            axes |= coupling(equation.effects)
+            moved |= set(equation.outvars)
+    if axes:
         raise TypeError(
             f"{who}: the iteration talks to other elements of the vmapped axis {', '.join(map(repr, sorted(axes)))} (a "
             f"collective), so the batch is one problem, and a derivative that is formed element by element would be "

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
-from .._checks import is_a, uncoupled
+from .._checks import coupling, is_a, uncoupled
 from .._types import Status, Theta, X
+from ..iterations import Iteration
 from ..solvers import Solution, Solver, for_steps
 from ..solvers._solver import stopping_loop
 from ._failure import check_policy, with_alarm
-from ._moving import hoisted, recomputed
+from ._moving import Hoisted, hoisted, recomputed
 
 
 def forward(solver: Solver[X, Theta], *, on_failure: str = "warn") -> Solver[X, Theta]:
@@ -65,7 +66,7 @@ def forward(solver: Solver[X, Theta], *, on_failure: str = "warn") -> Solver[X, 
 
     def solve(x0: X, theta: Theta) -> Solution:
         function, captured = hoisted(run, x0, theta)
-        refuse = partial(uncoupled, f"forward({solver.iteration.name})", function.effects)
+        refuse = partial(_alone, solver.iteration, function, x0, theta)
         x, rest = _accumulated(function, (x0, theta, *captured), refuse)
         return rest._replace(x=x)
 
@@ -81,6 +82,14 @@ def _steps(solver: Solver, x0: Any, theta: Any) -> Solution:
         return bare.solve(x0, theta)
     options = (solver.iteration, solver.tolerance, solver.num_steps, solver.history, solver.record)
     return stopping_loop(*options, x0, theta, differentiated=True)
+
+
+def _alone(iteration: Iteration, function: Hoisted, x0: Any, theta: Any) -> None:
+    """Refuses steps that tell other elements of a vmapped axis of what moves: a column has no tangent of theirs."""
+    if coupling(function.jaxpr.effects):
+        start = (x0, iteration.init(x0, theta), theta, jnp.zeros((), int))
+        jaxpr = jax.make_jaxpr(iteration.step)(*start).jaxpr
+        uncoupled(f"forward({iteration.name})", jaxpr, len(jaxpr.invars))
 
 
 def _accumulated(

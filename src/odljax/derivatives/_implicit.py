@@ -170,7 +170,7 @@ def _attach(
     def tangent(x: Any, operands: Any, tangents: Any) -> Any:
         theta, captured, held, facts = operands
         if linear_solver.name != "identity":  # which alone forms no inner product and tests nothing
-            uncoupled(f"implicit({operator.name})", function.effects)
+            uncoupled(f"implicit({operator.name})", function.jaxpr, len(jax.tree.leaves(x)))
 
         def solve(matvec: Any, b: Any) -> Any:
             v, info = solver_of(held)(matvec, b)

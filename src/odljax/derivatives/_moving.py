@@ -13,10 +13,10 @@ from jax.core import Tracer
 
 
 class Hoisted:
-    """A function that closes over no tracer, and the effects of its program."""
+    """A function that closes over no tracer, and its program."""
 
-    def __init__(self, run: Callable[..., Any], effects: Any):
-        self.run, self.effects = run, effects
+    def __init__(self, run: Callable[..., Any], jaxpr: Any):
+        self.run, self.jaxpr = run, jaxpr
 
     def __call__(self, *arguments: Any) -> Any:
         return self.run(*arguments)
@@ -43,7 +43,7 @@ def hoisted(function: Callable[..., Any], *examples: Any) -> tuple[Hoisted, list
         run = jaxpr_as_fun(closed.replace(consts=merged))
         return structure.unflatten(run(*jax.tree.leaves(known)))
 
-    return Hoisted(converted, closed.effects), [closed.consts[i] for i in traced]
+    return Hoisted(converted, closed.jaxpr), [closed.consts[i] for i in traced]
 
 
 def moving(x: Any, operands: Any, tangent: Callable[[Any, Any, Any], Any]) -> Any:

@@ -63,9 +63,7 @@ def descend(
     ``warm_started`` (then y *and* x start where they ended; the memories of estimator and optimiser begin anew), or
     again to ``descend``. The level above differentiates the updates themselves, so its gradient is as exact as this
     estimator's is, and what an estimator holds constant by definition stays so. There is no operator: for an implicit
-    derivative of the middle level nest solvers instead, the objective of one holding the solution of the other. A
-    ``jax.checkpoint`` (so also ``unrolled(..., checkpoint_every=...)``) may stand around two nested implicit solvers
-    over ``for_steps``; over ``until_converged`` JAX fails with a bare AssertionError, and it may stand around one only.
+    derivative of the middle level nest solvers instead, the objective of one holding the solution of the other.
 
     Args:
         build: ``theta -> Hypergradient``, the estimator for y given the theta of the level above.

@@ -185,7 +185,7 @@ def _descent(
 
     def residual(x: Any, theta: Any) -> tuple[Residual, ...]:
         moves, _, steps = sweep(x, theta)
-        return (Residual((moves.T / steps).T),)
+        return (Residual(moves / steps.reshape(-1, *(1,) * (moves.ndim - 1))),)
 
     def energy(v: Any, theta: Any) -> Any:
         matrix = _matrix(who, design, v, theta, blocks)
