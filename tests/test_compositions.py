@@ -146,7 +146,9 @@ SOUND = {
     "NGD + RAD, forward": (lambda: h.through(odl.forward(STEPS), outer), lambda: oracle()),
     "GDA + RAD": (lambda: h.through(odl.unrolled(MIXED_STEPS), outer), lambda: oracle(mixed=True)),
     "GDA + RAD by bda": (
-        lambda: h.bda(inner, outer, num_steps=K, step_size=STEP, weight=lambda k: alpha(k.astype(float))),
+        lambda: h.bda(
+            inner, outer, num_steps=K, step_size=STEP, outer_step_size=STEP, weight=lambda k: alpha(k.astype(float))
+        ),
         lambda: oracle(mixed=True),
     ),
     "DI + RAD": (lambda: h.through(STEPS, outer, **START), lambda: oracle(learned=True)),

@@ -642,6 +642,7 @@ def test_reverse_mode_through_updates(name):
 
         theta = jnp.asarray(THETA)
         (theta, state), told = jax.lax.scan(body, (theta, hyper.init(theta, jnp.asarray(X0), *DATA)), length=3)
+        state = state._replace(outer=state.outer._replace(first=None))  # what divergence is judged by has no derivative
         floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         return jnp.sum(told) + sum(jnp.sum(jnp.cos(leaf)) for leaf in floats)
 

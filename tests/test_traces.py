@@ -17,7 +17,7 @@ BOUNDS = {
     "checkpointed": ({"inner": 4, "outer": 1}, lambda i: odl.unrolled(odl.for_steps(i, 50), checkpoint_every=8)),
     "truncated": ({"inner": 4, "outer": 1}, lambda i: odl.truncated(odl.for_steps(i, 50), num_steps=10)),
     "one_step": ({"inner": 5, "outer": 1}, lambda i: odl.one_step(odl.for_steps(i, 50))),
-    "hodl": ({"inner": 3, "outer": 2}, None),
+    "hodl": ({"inner": 4, "outer": 3}, None),  # one of each for the default step
 }
 
 
