@@ -212,16 +212,17 @@ def _project(x: Array, scale: Array) -> Array:
 def simplex_threshold(x: Array, scale: Array) -> tuple[Array, Array]:
     """Return tau [..., 1] with sum max(x - tau, 0) = scale along the last axis, and the support, where x >= tau.
 
-    tau is the greatest of (sum of the k largest - scale) / k over k. The support is found without derivative; given
-    the support, tau is a mean, and plain autodiff of it is right. An entry that ties with tau is in the support. x
-    should be at most 0 or so, for small sums to be exact.
+    tau is the greatest of (sum of the k largest - scale) / k over k. Its derivative is that of a mean over the support,
+    but its value is not taken from there: compiled twice, the support of an entry that ties with tau may differ between
+    sum and count. Such an entry is in the support. x should be at most 0 or so, for small sums to be exact.
     """
     sums = jnp.cumsum(jnp.sort(jax.lax.stop_gradient(x), axis=-1, descending=True), axis=-1)
     counts = 1 + jax.lax.broadcasted_iota(x.dtype, x.shape, x.ndim - 1)
     bound = jnp.max((sums - jax.lax.stop_gradient(scale)) / counts, axis=-1, keepdims=True)
     support = ~(x < bound)  # and not x >= bound: a row of NaN is its own support, and comes out
-    total = jnp.sum(jnp.where(support, x, 0), axis=-1, keepdims=True)
-    return (total - scale) / jnp.sum(support, axis=-1, keepdims=True, dtype=x.dtype), support
+    moved = jnp.sum(jnp.where(support, x - jax.lax.stop_gradient(x), 0), axis=-1, keepdims=True)
+    change = (moved - (scale - jax.lax.stop_gradient(scale))) / jnp.sum(support, axis=-1, keepdims=True, dtype=x.dtype)
+    return bound + change, support
 
 
 def floor(y: Array) -> Array:
