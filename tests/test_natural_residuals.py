@@ -45,7 +45,7 @@ ROWS = {
     ),
     "red": (lambda s: operators.red(smooth, lambda x, t: x - 1.0, s, 1.0), ZERO, lambda s: TWO),
     "douglas_rachford": (lambda s: operators.douglas_rachford(prox_l1, prox_smooth, s), ZERO, lambda s: TWO - s),
-    "davis_yin": (lambda s: operators.davis_yin(smooth, lambda v, t, s: v, prox_l1, s), ZERO, lambda s: None),
+    "davis_yin": (lambda s: operators.davis_yin(smooth, lambda v, t, s: v, prox_l1, s), ZERO, lambda s: TWO + s),
     "admm": (
         lambda s: operators.admm(prox_smooth, prox_l1, penalty=s),
         operators.SplitVariables(ZERO, ZERO),
@@ -58,7 +58,7 @@ ROWS = {
     ),
     "linearized_admm": (
         lambda s: operators.linearized_admm(
-            same, prox_l1, lambda v, t, s: prox_smooth(v, -t, s), ZERO, penalty=s, proximal_weight=2 * s
+            same, prox_l1, lambda v, t, s: prox_smooth(v, -t, s), lambda t: 0 * t, penalty=s, proximal_weight=2 * s
         ),
         operators.ADMMVariables(ZERO, ZERO, ZERO),
         lambda s: operators.ADMMVariables(TWO, -TWO, -ONE),
@@ -73,6 +73,65 @@ ROWS = {
         operators.PrimalDual(ZERO, ZERO),
         lambda s: operators.PrimalDual(TWO, ONE),
     ),
+    "peaceman_rachford": (lambda s: operators.peaceman_rachford(prox_l1, prox_smooth, s), ZERO, lambda s: TWO - s),
+    "consensus_admm": (  # the mean of theta - 1 and theta + 1, shrunk by 1 / 2
+        lambda s: operators.consensus_admm(
+            lambda v, t, s, d: (v + s * d) / (1 + s), lambda t: jnp.stack([t - 1, t + 1]), prox_l1, penalty=s
+        ),
+        operators.SplitVariables(ZERO, jnp.zeros((2, 1))),
+        lambda s: operators.SplitVariables(ONE * (THETA - 0.5), jnp.array([[-0.5], [1.5]])),
+    ),
+    "proximal_alm": (  # on x = 2, whose multiplier is 1
+        lambda s: operators.proximal_alm(smooth, same, lambda t: t - 1, penalty=s),
+        operators.PrimalDual(ZERO, ZERO),
+        lambda s: operators.PrimalDual(TWO, ONE),
+    ),
+    "proximal_alm, heavy": (
+        lambda s: operators.proximal_alm(smooth, same, lambda t: t - 1, proximal_weight=1 / s),
+        operators.PrimalDual(TWO, ZERO),  # feasible, and no multiplier: only the weight's force tells
+        lambda s: operators.PrimalDual(TWO, ONE),
+    ),
+    "linearized_alm": (
+        lambda s: operators.linearized_alm(prox_l1, same, lambda t: t - 1, penalty=s, proximal_weight=2 * s),
+        operators.PrimalDual(ZERO, ZERO),
+        lambda s: operators.PrimalDual(TWO, -ONE),
+    ),
+    "mirror": (
+        lambda s: operators.mirror(
+            lambda x, t: smooth(x, t - 1), lambda x, t: jnp.log(x), lambda v, t: jnp.exp(v), step_size=s
+        ),
+        ONE,
+        lambda s: TWO,
+    ),
+    "entropic": (  # x_1 = x_2 / (theta - 1)
+        lambda s: operators.entropic(lambda x, t: 0.5 * jnp.sum(jnp.append(t - 1, 1.0) * x**2), step_size=s),
+        jnp.full(2, 0.5),
+        lambda s: jnp.array([1 / 3, 2 / 3]),
+    ),
+    "coordinate_descent": (
+        lambda s: operators.coordinate_descent(
+            lambda p, t: 0.5 * jnp.sum((p - t) ** 2), ONE[None], prox_l1, lipschitz=1 / s
+        ),
+        ZERO,
+        lambda s: TWO,
+    ),
+    "block_coordinate_descent": (
+        lambda s: operators.block_coordinate_descent(
+            lambda p, t: 0.5 * jnp.sum((p[0] - t) ** 2), ONE[None], prox_l1, lipschitz=1 / s
+        ),
+        ZERO[None],
+        lambda s: TWO[None],
+    ),
+    "hard_thresholding": (
+        lambda s: operators.hard_thresholding(lambda x, t: smooth(x, jnp.append(t - 1, 0.5)), 1, step_size=s),
+        jnp.array([1.0, 0.0]),
+        lambda s: jnp.array([2.0, 0.0]),
+    ),
+    "plug_and_play": (  # its fixed points depend on the step, and it moves at every step
+        lambda s: operators.plug_and_play(smooth, lambda v, t: 0.5 * v, s),
+        TWO,
+        lambda s: ONE * THETA * s / (1 + s),
+    ),
 }
 
 
@@ -86,11 +145,12 @@ def test_a_small_step_is_no_solution(name):
     sizes = [size_of(build(s), start, jnp.full(1, THETA)) for s in (0.5, 1e-3, 1e-7)]
     assert min(sizes) > 0.1, sizes
     for s in (0.5, 1e-3, 1e-7):
-        there = solution(s)
-        if there is not None:
-            assert size_of(build(s), there, jnp.full(1, THETA)) < 1e-8 * max(1.0, max(sizes))
-    solve = odl.until_converged(odl.fixed_point(build(1e-7)), tol=1e-6, max_steps=20)
-    assert int(solve(start, jnp.full(1, THETA)).status) != odl.Status.CONVERGED
+        assert size_of(build(s), solution(s), jnp.full(1, THETA)) < 1e-8 * max(1.0, max(sizes))
+    # The loop reads it, in float32 too; a tolerance relative to the terms sees no less.
+    start, theta = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (start, jnp.full(1, THETA)))
+    for how in ({"tol": 1e-4}, {"tol": 0.0, "relative_tol": 1e-4}):
+        solution = odl.until_converged(odl.fixed_point(build(1e-7)), max_steps=2, **how)(start, theta)
+        assert int(solution.status) != odl.Status.CONVERGED, how
 
 
 @pytest.mark.parametrize("name", ["forward_backward", "douglas_rachford", "admm", "chambolle_pock", "condat_vu"])
@@ -167,6 +227,15 @@ def test_a_traced_number_outside_its_range_is_seen():
         smooth, lambda k: 0.5 * jnp.maximum(1.0 - 0.25 * k.astype(float), 0.0)
     )  # to zero exactly, and no further
     assert np.isfinite(odl.for_steps(decay, 9)(ZERO, THETA).x[0])
+    for weight, good in ((0.5, True), (0.0, False), (-0.5, False)):  # of a metric: as a function, and traced
+        u = operators.PrimalDual(ZERO, ONE)
+        by = {"linear": same, "prox_g": prox_smooth, "prox_h": prox_l1, "dual_step_size": 0.5}
+        direct = jax.jit(lambda weight: operators.chambolle_pock(step_size=weight, **by)(u, THETA))(weight)
+        of_theta = operators.chambolle_pock(step_size=lambda theta: theta, **by)(u, jnp.asarray(weight))
+        assert [bool(np.isfinite(v.x[0])) for v in (direct, of_theta)] == [good, good]
+    half = jnp.ones(1, jnp.bfloat16)  # a whole number widens no half precision
+    scaled = operators.forward_backward(smooth, lambda v, theta, s: v * s, lambda theta: 1)
+    assert scaled(half, half).dtype == jnp.bfloat16
     below = odl.gradient_descent(smooth, lambda k: 0.5 - 0.3 * k.astype(float))
     assert np.isnan(odl.for_steps(below, 3)(ZERO, THETA).x[0])
 
@@ -185,11 +254,21 @@ REFUSED = {
         "may be called with theta",
     ),
     "article": (lambda: is_a("who", "it", 1.0, odl.Iteration, "Wrap it."), "must be an Iteration; a float came. Wrap"),
+    "list": (lambda: SOLVER([0.0, 1.0], THETA), "x0 is a list of numbers"),
     "bare array": (
         lambda: expect("admm", ZERO, operators.SplitVariables),
         r"must be the variables SplitVariables\(z, y\); float\d+\[1\] came",
     ),
 }
+
+
+def test_errors_of_swapped_arguments_say_what_came():
+    solver = odl.for_steps(odl.gradient_descent(lambda x, theta: jnp.sum((x - theta["a"]) ** 2), 0.1), 2)
+    with pytest.raises(TypeError) as caught:
+        solver({"a": ONE}, ZERO)
+    told = " ".join(caught.value.__notes__)
+    assert "called as solver(x0, theta) with x0: ['a'] float" in told
+    assert "theta: float" in told
 
 
 @pytest.mark.parametrize("name", list(REFUSED))

@@ -71,6 +71,13 @@ def describe(leaf: Any) -> str:
     return f"{type(leaf).__name__}"
 
 
+def outline(tree: Any) -> str:
+    """What the leaves of a tree are, the first of them by name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    told = [f"{jax.tree_util.keystr(path)} {describe(leaf)}".strip() for path, leaf in leaves[:6]]
+    return ", ".join(told) + (f" and {len(leaves) - 6} more" if len(leaves) > 6 else "") or "no leaves"
+
+
 def as_inner(who: str, name: str, x: T, *, or_complex: bool = False) -> T:
     """``x`` as strongly typed arrays; refuses an empty tree and leaves that are not real (or complex) floating point.
 
@@ -78,6 +85,11 @@ def as_inner(who: str, name: str, x: T, *, or_complex: bool = False) -> T:
     """
     kind, wanted = (jnp.inexact, "real or complex") if or_complex else (jnp.floating, "real")
     leaves, structure = jax.tree_util.tree_flatten_with_path(x)
+    if isinstance(x, list) and x and all(isinstance(entry, (int, float, complex)) for entry in x):
+        raise TypeError(
+            f"{who}: {name} is a list of numbers, which to JAX are as many variables and no vector. Pass "
+            f"jnp.array({name}), or a tuple if separate variables are meant."
+        )
     if not leaves:
         raise TypeError(f"{who}: {name} needs at least one floating-point leaf; an empty tree came.")
     arrays = []
@@ -218,14 +230,15 @@ def number(who: str, name: str, value: Any, low: float = 0.0, high: float = math
 
 
 def held(value: Any, low: float, high: float, closed: bool = False) -> Any:
-    """A computed number, NaN where it is outside its range: what it enters then shows it."""
-    number = jnp.asarray(value)
-    value = number if jnp.issubdtype(number.dtype, jnp.floating) else number.astype(float)
+    """A computed number or array of them, NaN where outside the range: what it enters then shows it."""
+    value = jnp.asarray(value)
     inside = (value >= low) if closed else (value > low)
     if high < math.inf:
         inside = inside & ((value <= high) if closed else (value < high))
-    # The comparison has no derivative, and a factor of NaN would give one to the right values: select.
-    return jnp.where(inside, value, jnp.nan)
+    # The comparison has no derivative, and a factor of NaN would give one to the right values: select. A whole number
+    # becomes a weak float, which widens no half precision.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.where(inside, value, jnp.nan)
 
 
 def coupling(effects: Any) -> set[Any]:

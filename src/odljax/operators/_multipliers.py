@@ -120,41 +120,46 @@ def proximal_alm(
         return same_as(who, "linear", linear(x, theta), y, "y")
 
     def newton(x: Any, y: Any, theta: Any, beta: Any, b: Any) -> Any:
+        """``x - x+``, which loses no digit to x."""
+
         def slope(z: Any) -> Any:
             _, own = value_and_gradient(who, objective, z, theta)  # pyright: ignore[reportArgumentType]
             fitted, adjoint = with_adjoint(lambda z: image(z, y, theta), z)
             pull = adjoint(_tree.add_scaled(y, beta, _tree.subtract(fitted, b)))
             return _tree.add(_tree.add(own, pull), G0.apply(_tree.subtract(z, x), theta))
 
-        def step(_: Any, z: Any) -> Any:
-            gradient, hessian = jax.linearize(slope, z)
-            return _tree.subtract(z, solve_definite(hessian, gradient, solver))
+        def step(_: Any, gap: Any) -> Any:
+            gradient, hessian = jax.linearize(slope, _tree.subtract(x, gap))
+            return _tree.add(gap, solve_definite(hessian, gradient, solver))
 
-        return step(0, x) if num_newton_steps == 1 else jax.lax.fori_loop(0, num_newton_steps, step, x)
+        gap = _tree.zeros_like(x)
+        return step(0, gap) if num_newton_steps == 1 else jax.lax.fori_loop(0, num_newton_steps, step, gap)
 
-    def pieces(u: PrimalDual, theta: Any) -> tuple[Any, Any, tuple[Any, Any]]:
-        """x+, the step of y, and A x+ and b."""
+    def pieces(u: PrimalDual, theta: Any) -> tuple[Any, Any, Any, tuple[Any, Any]]:
+        """x+, x - x+, the step of y, and A x+ and b."""
         x, y = expect(who, u, PrimalDual)
         beta, b = beta_of(theta), given(observation, theta)
         if argmin is None:
-            new = newton(x, y, theta, beta, b)
+            gap = newton(x, y, theta, beta, b)
+            new = _tree.subtract(x, gap)
         else:
             v = _tree.subtract(b, _tree.scale(1 / beta, y))
             new = same_as(who, "argmin", argmin(x, v, theta, beta), x)
+            gap = _tree.subtract(x, new)
         fitted = image(new, y, theta)
-        return new, _tree.scale(beta, _tree.subtract(fitted, b)), (fitted, b)
+        return new, gap, _tree.scale(beta, _tree.subtract(fitted, b)), (fitted, b)
 
     def apply(u: PrimalDual, theta: Any) -> PrimalDual:
-        new, move, _ = pieces(u, theta)
+        new, _, move, _ = pieces(u, theta)
         return type(u)(new, _tree.add(u.y, move))
 
     def displacement(u: PrimalDual, theta: Any) -> PrimalDual:
-        new, move, _ = pieces(u, theta)
-        return type(u)(_tree.subtract(u.x, new), _tree.negative(move))
+        _, gap, move, _ = pieces(u, theta)
+        return type(u)(gap, _tree.negative(move))
 
     def residual(u: PrimalDual, theta: Any) -> tuple[Residual, ...]:
-        new, move, terms = pieces(u, theta)
-        gap, dual = _tree.subtract(u.x, new), _tree.add(u.y, move)
+        new, gap, move, terms = pieces(u, theta)
+        dual = _tree.add(u.y, move)
         parts = Residual(_tree.subtract(*terms), terms), Residual(move, (u.y, dual)), Residual(gap, (u.x, new))
         if weightless:
             return parts

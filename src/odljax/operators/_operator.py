@@ -24,7 +24,7 @@ class Residual(NamedTuple):
             prox-gradient map, a violated constraint.
         scale: a tuple of pytrees in the unit of ``value``, the terms that cancel in it; the largest of their norms is
             what a relative tolerance is relative to. None: nothing at hand has that unit (that of a gradient);
-            solvers then measure along the walk how much the value changes with x, and take that times ``||x||``.
+            solvers then measure at the start and along the walk how much the value changes with x, times ``||x||``.
     """
 
     value: Any

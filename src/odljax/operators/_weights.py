@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jax import Array
 from jax.core import Tracer
 
 from .. import _tree, linear
-from .._checks import describe, is_callable, same_as
+from .._checks import describe, held, is_callable, same_as
 from .._types import Scalar, Status
 
 Weight = Scalar | Array | np.ndarray | Callable[..., Any]
@@ -46,16 +47,17 @@ def given(value: Any, theta: Any) -> Any:
 
 
 def weight_of_theta(who: str, name: str, value: Weight, *, closed: bool = False) -> Callable[[Any], Any]:
-    """The weight as a function of theta, after checking that it is positive, or not negative if ``closed``."""
-    if callable(value):
-        is_callable(who, name, value, "theta")
-    elif not isinstance(value, Tracer):
-        entries = np.asarray(value)
-        if not jnp.issubdtype(entries.dtype, jnp.integer) and not jnp.issubdtype(entries.dtype, jnp.floating):
-            raise TypeError(f"{who}: {name} must hold numbers, or be a function of theta; {value!r} came.")
-        if not np.all(entries >= 0 if closed else entries > 0):
-            raise ValueError(f"{who}: {name} must {'not be negative' if closed else 'be positive'}; {value!r} came.")
-    return lambda theta: given(value, theta)
+    """The weight as a function of theta, checked to be positive, or not negative if ``closed``; NaN where it is not."""
+    if callable(value) or isinstance(value, Tracer):
+        if callable(value):
+            is_callable(who, name, value, "theta")
+        return lambda theta: held(given(value, theta), 0.0, math.inf, closed)
+    entries = np.asarray(value)
+    if not jnp.issubdtype(entries.dtype, jnp.integer) and not jnp.issubdtype(entries.dtype, jnp.floating):
+        raise TypeError(f"{who}: {name} must hold numbers, or be a function of theta; {value!r} came.")
+    if not np.all(entries >= 0 if closed else entries > 0):
+        raise ValueError(f"{who}: {name} must {'not be negative' if closed else 'be positive'}; {value!r} came.")
+    return lambda theta: value
 
 
 def as_weight(weight: Any, leaf: Array) -> Array:

@@ -22,6 +22,7 @@ from .._checks import (
     is_a,
     is_callable,
     number,
+    outline,
     record,
     same_as,
 )
@@ -121,7 +122,13 @@ class Solver(Generic[X, Theta]):
     quiet: Solver[Any, Any] | None = None
 
     def __call__(self, x0: X, theta: Theta) -> Solution:
-        return self._compiled(as_inner(self.name, "x0", x0, or_complex=True), theta)
+        try:
+            return self._compiled(as_inner(self.name, "x0", x0, or_complex=True), theta)
+        except Exception as error:  # an error of the user's function names neither: above all where they are swapped
+            note = f"{self.name} was called as solver(x0, theta) with x0: {outline(x0)}; theta: {outline(theta)}."
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
 
     @functools.cached_property
     def _compiled(self) -> Callable[[X, Theta], Solution]:
@@ -201,8 +208,8 @@ def until_converged(
     gradient steps the prox-gradient map :math:`(x - T(x)) / \gamma`, of splittings the violated constraint and the dual
     residual, each in its own unit, and of any other map :math:`x - T(x)`. Its scale s is that of the terms which cancel
     in it, :math:`\|x\|` for a map; a gradient has no such terms, and is compared with
-    :math:`\|x\| \max_k \|r_{k+1} - r_k\| / \|x_{k+1} - x_k\|`, the largest slope met on the walk. So units do not
-    matter to ``relative_tol``.
+    :math:`\|x\| \max_k \|r_{k+1} - r_k\| / \|x_{k+1} - x_k\|`, the largest slope met, at the start
+    and on the walk. So units do not matter to ``relative_tol``.
 
     When: a solution is wanted rather than a number of steps, above all under ``implicit``. On its own it has forward
     mode only; reverse mode needs a derivative transform. Under ``vmap`` the batch runs until its slowest element is
@@ -230,7 +237,7 @@ def until_converged(
 
     Cost: the steps, the residual (free where the step says it: Picard, gradient and proximal gradient steps, relaxed
     or not; elsewhere the compiler shares it where the step applies the same operator at the same point) and one
-    application more for the test that ends the loop.
+    application more for the test that ends the loop; with a relative_tol on a gradient two more, for the first slope.
 
     Example:
         >>> import odljax as odl
@@ -360,10 +367,11 @@ def _parts_at(operator: Operator, x: Any, theta: Any) -> tuple[Residual, ...]:
 
 
 class _Sizes(NamedTuple):
-    """The norms of the parts of a natural residual, and those of what each is compared with."""
+    """The norms of the parts of a natural residual, of what a tolerance compares each with, and what is told of it."""
 
     sizes: list[Array]
     scales: list[Array]
+    told: list[Array]
 
     @property
     def largest(self) -> Array:
@@ -372,22 +380,27 @@ class _Sizes(NamedTuple):
     @property
     def relative(self) -> Array:
         """The largest part in multiples of its scale; the part itself where that is zero."""
-        ratios = [size / jnp.where(scale > 0, scale, 1) for size, scale in zip(self.sizes, self.scales, strict=True)]
+        ratios = [size / jnp.where(scale > 0, scale, 1) for size, scale in zip(self.sizes, self.told, strict=True)]
         return functools.reduce(jnp.maximum, ratios)
 
 
 def _measure(operator: Operator, parts: tuple[Residual, ...], x: Any, theta: Any, slopes: tuple[Array, ...]) -> _Sizes:
-    """The sizes; what has no scale of its own gets that of its slope, from the walk or, if there is none, the step."""
+    """The sizes; what has no scale of its own gets that of its slope.
+
+    Where no slope is known, what is told of it, but no tolerance, is compared with the inverse of the step.
+    """
     dtype, size, rest = _tree.accumulation_dtype(x), _tree.norm(x), list(slopes)
-    scales = []
+    scales, told = [], []
     for part in parts:
         if part.scale is None:
             slope, step = rest.pop(0), 1.0 if operator.step_size is None else operator.step_size(theta)
-            scales.append(jnp.where(slope > 0, slope, (1 / jnp.asarray(step)).astype(dtype)) * size)
+            scales.append(slope * size)
+            told.append(jnp.where(slope > 0, slope, (1 / jnp.asarray(step)).astype(dtype)) * size)
         else:
             norms = [_tree.norm(term).astype(dtype) for term in part.scale]
             scales.append(functools.reduce(jnp.maximum, norms, jnp.zeros((), dtype)))
-    return jax.lax.stop_gradient(_Sizes([_tree.norm(part.value).astype(dtype) for part in parts], scales))
+            told.append(scales[-1])
+    return jax.lax.stop_gradient(_Sizes([_tree.norm(part.value).astype(dtype) for part in parts], scales, told))
 
 
 def _unscaled_parts(parts: tuple[Residual, ...]) -> tuple[Any, ...]:
@@ -399,6 +412,14 @@ def _slopes(now: tuple[Any, ...], before: tuple[Any, ...], moved: Array) -> tupl
     changes = [_tree.norm(_tree.subtract(a, b)).astype(moved.dtype) for a, b in zip(now, before, strict=True)]
     known = (moved > 0) & jnp.isfinite(moved)
     return tuple(jnp.where(known, change / jnp.where(known, moved, 1), 0) for change in changes)
+
+
+def _slopes_at(operator: Operator, x: Any, theta: Any) -> tuple[Array, ...]:
+    """How much each value changes along x, where no walk has shown it yet: signs and zeros of x are kept."""
+    x, width = jax.lax.stop_gradient(x), float(jnp.finfo(_lowest_dtype(x)).eps) ** 0.5
+    here, there = (_unscaled_parts(_parts_at(operator, at, theta)) for at in (x, _tree.scale(1 + width, x)))
+    slopes = _slopes(there, here, width * _tree.norm(x))
+    return tuple(jnp.where(jnp.isfinite(slope), slope, 0) for slope in slopes)
 
 
 def finish(
@@ -472,6 +493,8 @@ def stopping(
     values = _tree.zeros_like(_unscaled_parts(shapes))  # sharded as they are
     unknown = jnp.full((), jnp.inf, _tree.accumulation_dtype(x0))
     zero, slopes = jnp.zeros((), int), (jnp.zeros_like(unknown),) * len(values)
+    if values and not (isinstance(tolerance[1], (int, float)) and tolerance[1] == 0):
+        slopes = _slopes_at(operator, x0, theta)
     start = Progress(
         x=x0,
         state=start_state(iteration, x0, theta),
@@ -503,7 +526,7 @@ def stopping(
         measured = _measure(operator, parts, here, theta_here, steepest)
         size, measure = _tree.norm(here), measured.largest
         within = jnp.asarray(True)
-        for part, extent in zip(*measured, strict=True):
+        for part, extent in zip(measured.sizes, measured.scales, strict=True):
             limit = jnp.asarray(absolute).astype(size.dtype) + jnp.asarray(relative).astype(size.dtype) * extent
             within = within & (part <= limit)
         # The first size that is not zero: each part grows in its own unit.
