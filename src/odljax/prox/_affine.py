@@ -120,7 +120,8 @@ def affine_set(
         to [..., m]; or trees of these that are prefixes of v.
     Args:
         v: tree of floating-point arrays.
-        parameter: (A, b); singular values below 10 max(m, n) rounding units of the largest count as zero.
+        parameter: (A, b), each equation in a unit of its own; of these, singular values below 4 sqrt(max(m, n))
+            rounding units of the largest count as zero.
         step_size: ignored.
     Returns: a tree like v.
     Raises: TypeError where a leaf of v is not real floating-point, or A or b not real numbers; ValueError where
@@ -154,8 +155,9 @@ def polyhedron(
     """Return the projection of each row onto {x: A x = b, G x <= h}.
 
     For any set that linear constraints describe; small quadratic programs with an identity Hessian. The constraints
-    that hold with equality are found by a finite active-set method; given them x is the projection onto an affine set,
-    and so is its derivative. h is the indicator of the polyhedron, so that the step size plays no part.
+    that hold with equality are found by an inner method; given them x is the projection onto an affine set, and so is
+    its derivative. What comes out is checked against all constraints and against the inner method's own point. h is the
+    indicator of the polyhedron, so that the step size plays no part.
 
     Shapes: v [..., n], any tree of these; A [m, n] and G [k, n], or with leading axes, one for each row; b and h are
         scalars or broadcast to [..., m] and [..., k]; or trees of these that are prefixes of v.
@@ -164,14 +166,15 @@ def polyhedron(
         parameter: (A, b, G, h); None for both A and b where there are no equations; redundant constraints do no harm,
             and h = inf is no constraint.
         step_size: ignored.
-    Returns: a tree like v; NaN in a row where the polyhedron is empty, or the result violates a constraint by more than
-        1e-8 (float64; 1e-3 in float32) times the size of its coefficients and of v.
+    Returns: a tree like v; NaN, and a derivative of NaN, in a row where the polyhedron is empty, the result violates a
+        constraint by more than 10 rounding units of its terms, or the inner method did not confirm it, as may be in
+        float32 where there are many constraints.
     Raises: TypeError where a leaf of v is not real floating-point, or a member of the parameter not a real number;
         ValueError where parameter has not four members, or the structure or shape of one does not fit v.
     At kinks: a constraint that holds with equality but is not needed (its multiplier is zero) counts as absent.
-    Cost: one least-squares problem of size (n + 1, k) for each constraint that enters or leaves, 3 k + 20 at most; one
-        singular value decomposition of A and one of the active constraints.
-    Source: Lawson and Hanson, 1974, chapter 23: least distance programming by non-negative least squares.
+    Cost: some tens of Newton steps, each a linear system; one singular value decomposition of the active constraints.
+    Source: proximal points of the dual, Rockafellar, 1976, each found by a semismooth Newton method, Li, Sun and Toh,
+        2020.
 
     Example:
         >>> import jax.numpy as jnp

@@ -52,7 +52,8 @@ def transport(
         derivative in the sums is the least-squares one.
     Cost: some ten to forty Newton steps, each O(m n log m + min(m, n)^3).
     Source: the semi-dual of Blondel, Seguy and Rolet, 2018, "Smooth and sparse optimal transport", solved by a
-        semismooth Newton method (Li, Sun and Toh, 2020) with continuation in the scale of v.
+        semismooth Newton method (Li, Sun and Toh, 2020), from proximal points of the dual where these come near, else
+        with continuation in the scale of v.
 
     Example:
         >>> import jax.numpy as jnp
