@@ -9,7 +9,7 @@ of the equation that the result solves; `nuclear` and `psd_cone` can be differen
 h is not convex says so, returns a global minimiser, and names the one it returns where there are several. At a kink it
 is one fixed element of the generalised Jacobian, always finite and named in the docstring: thresholds give that of the
 shrinking side, projections that of the boundary (the simplex: of the larger support), the sides that stay right when
-the threshold or the set shrinks to nothing. A NaN in v or in a parameter comes out as NaN, and so does a row whose inner
+the threshold or the set shrinks to nothing. A NaN in v or in a parameter comes out as NaN; so does a row whose inner
 method failed, derivative and all. A negative parameter is refused where its value is known, and NaN where it is traced.
 Complex v, as pairs of real numbers, are for the operators whose docstring says so.
 
