@@ -154,6 +154,17 @@ def differentiable(who: str, theta: Any) -> None:
             )
 
 
+def enters(function: Callable[[Any], Any], theta: Any) -> bool:
+    """Whether the result of the function depends on theta, by its program; true of a theta without numbers."""
+    from jax.interpreters import partial_eval  # its import costs more than ours
+
+    leaves, structure = jax.tree.flatten(theta)
+    if not leaves:
+        return True
+    jaxpr = jax.make_jaxpr(lambda leaves: function(structure.unflatten(leaves)))(leaves).jaxpr
+    return any(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
+
+
 def is_callable(who: str, name: str, value: Any, arguments: str = "") -> None:
     """Refuses what cannot be called, or not with the positional arguments of the convention, such as ``"x, theta"``."""
     convention = f"a function of ({arguments})" if arguments else "a function"
@@ -181,7 +192,7 @@ def _no_default(
 ) -> None:
     """Refuses a function of the user's, one that the convention would overwrite a default of."""
     defaults = [key for key in filled if signature.parameters[key].default is not inspect.Parameter.empty]
-    if defaults and inspect.isroutine(value) and not _is_library(value):
+    if defaults and not _is_library(value):
         raise TypeError(
             f"{who}: {name} must be {convention}; it takes {signature}, and whether {', '.join(defaults)} is to keep "
             f"its default is ambiguous. Say which: lambda {arguments}: f(...)."

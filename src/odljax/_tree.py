@@ -159,6 +159,16 @@ def unscaled(x: T, scale: Array) -> T:
     return jax.tree.map(divided, x)
 
 
+def per_unit(x: T, unit: Array) -> T:
+    """``x / unit`` for a power of two, in the dtypes of x."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), unscaled(x, unit), x)
+
+
+def rounding(x: object) -> float:
+    """The rounding unit of the leaf with the fewest digits."""
+    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
+
+
 def all_finite(x: object) -> Array:
     """Whether no leaf holds a NaN or an infinity."""
     flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]

@@ -120,17 +120,17 @@ class LinearSolver:
             none = jnp.zeros((), jnp.int32)  # products, and CONVERGED
             return b, LinearInfo(nothing, none, none, nothing)
         unit = _tree.magnitude(b)
-        right = _in_units(b, unit)
+        right = _tree.per_unit(b, unit)
         size, start, rest = _tree.norm(right), None, right
         if guess is not None and self.warm:
-            start = _in_units(guess, unit)
+            start = _tree.per_unit(guess, unit)
             left = _tree.subtract(right, matvec(start))
             nearer = _tree.norm(left) <= size
             start, rest = _tree.where(nearer, (start, left), (_tree.zeros_like(start), right))
         v, num_steps, report = self.run(matvec, rest, size)
         v = v if start is None else _tree.add(start, v)
-        v = _tree.where(size == 0, _tree.zeros_like(v), _in_units(v, 1 / unit))
-        miss = _in_units(_tree.subtract(b, matvec(v)), unit)
+        v = _tree.where(size == 0, _tree.zeros_like(v), _tree.per_unit(v, 1 / unit))
+        miss = _tree.per_unit(_tree.subtract(b, matvec(v)), unit)
         lengths = size, _tree.norm(miss), _tree.norm(v) / unit
         residual, status, error = _judged(report or Report(lambda r: jnp.full_like(size, jnp.inf)), b, miss, *lengths)
         return v, LinearInfo(residual, num_steps, status, error)
@@ -160,7 +160,7 @@ def _judged(report: Report, b: Any, miss: Any, size: Array, off: Array, length: 
     if report.limit is None:
         status = jnp.where(residual < 1, code(Status.COMPLETED), code(report.failed))
     else:
-        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b))
+        eps = _tree.rounding(b)
         # The recurrence drifts from the true residual by the rounding of ||A|| ||v||, far above that of ||b|| where A
         # is ill-conditioned.
         rounding = jnp.minimum(10 * eps * (1 + report.stretch * length / size), eps ** (1 / 3))
@@ -173,11 +173,6 @@ def _judged(report: Report, b: Any, miss: Any, size: Array, off: Array, length: 
         status = jnp.where(residual <= allowed, good, short)
     status = jnp.where(jnp.isfinite(residual), status, code(Status.NON_FINITE))
     return residual, jnp.where(zero, code(Status.CONVERGED), status), error
-
-
-def _in_units(x: Any, unit: Array) -> Any:
-    """``x / unit`` for a power of two, in the dtypes of x."""
-    return jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), _tree.unscaled(x, unit), x)
 
 
 @record
@@ -324,8 +319,8 @@ def cg(
         if preconditioner is not None:
             # M in units in which its first answer is of order one.
             scale, apply = _tree.magnitude(z), precondition
-            precondition = lambda r: _in_units(apply(r), scale)  # noqa: E731
-            z = _in_units(z, scale)
+            precondition = lambda r: _tree.per_unit(apply(r), scale)  # noqa: E731
+            z = _tree.per_unit(z, scale)
         rr, rz = _tree.vdot(b, b), _tree.vdot(b, z)
         eps = jnp.finfo(rr.dtype).eps
 
@@ -335,11 +330,11 @@ def cg(
 
         def body(carry: Any) -> Any:
             v, r, p, rr, rz, k, _, unit, largest, packed = carry
-            q = _in_units(matvec(p), unit)
+            q = _tree.per_unit(matvec(p), unit)
             curvature = _tree.vdot(p, q)
             # The first quotient of Rayleigh gives the unit of A.
             change = jnp.where(k == 0, _tree.power_of_two(jnp.abs(curvature) / rz), 1)
-            q, curvature, unit = _in_units(q, change), curvature / change, unit * change
+            q, curvature, unit = _tree.per_unit(q, change), curvature / change, unit * change
             # 1 / alpha never exceeds the largest eigenvalue (it sits on the diagonal of Lanczos' matrix) of M^-1 A.
             largest = jnp.maximum(largest, curvature / rz)
             stretch = largest if preconditioner is None else curvature / _tree.vdot(p, p)
@@ -367,7 +362,7 @@ def cg(
             stretch=seen.stretch * unit,
             condition=largest * inverse,
         )
-        return _nan_unless(jnp.isfinite(rr + rz + limit), _in_units(v, unit)), k + products, report
+        return _nan_unless(jnp.isfinite(rr + rz + limit), _tree.per_unit(v, unit)), k + products, report
 
     given = _function_of(preconditioner)
     return LinearSolver(run, "cg", True, given, partial(_with, cg, tol=tol, max_steps=max_steps), warm=True)
@@ -448,15 +443,15 @@ def bicgstab(
         def body(carry: Any) -> Any:
             v, r, p, rho, _, k, _, seen = carry
             along = precondition(p)
-            q = _in_units(matvec(along), seen.unit)
+            q = _tree.per_unit(matvec(along), seen.unit)
             overlap = _tree.vdot(b, q)
             # The first overlap, of b and A M^-1 b, gives the unit of A.
             unit = jnp.where(k == 0, _tree.power_of_two(jnp.abs(overlap) / rho), 1)
-            q, overlap, unit = _in_units(q, unit), overlap / unit, seen.unit * unit
+            q, overlap, unit = _tree.per_unit(q, unit), overlap / unit, seen.unit * unit
             alpha = _safe_ratio(rho, overlap)
             s = _tree.add_scaled(r, -alpha, q)
             then = precondition(s)
-            t = _in_units(matvec(then), unit)
+            t = _tree.per_unit(matvec(then), unit)
             length, shortened = _tree.vdot(t, t), _tree.vdot(s, s)
             omega = _safe_ratio(_tree.vdot(t, s), length)
             v = _tree.add_scaled(_tree.add_scaled(v, alpha, along), omega, then)
@@ -488,7 +483,7 @@ def bicgstab(
             stretch=jnp.sqrt(seen.stretch) * seen.unit,
             condition=jnp.sqrt(seen.most) * inverse,
         )
-        return _nan_unless(jnp.isfinite(rr + limit), _in_units(v, seen.unit)), k + products, report
+        return _nan_unless(jnp.isfinite(rr + limit), _tree.per_unit(v, seen.unit)), k + products, report
 
     given = _function_of(preconditioner)
     options = {"tol": tol, "max_steps": max_steps}
@@ -578,7 +573,7 @@ def gmres(
                 length = _tree.norm(w)
                 stretch = jnp.maximum(stretch, _safe_ratio(length, _tree.norm(z)))
                 unit = jnp.where(unit > 0, unit, _tree.power_of_two(length))  # that of A: its first product's
-                w = _in_units(w, unit)
+                w = _tree.per_unit(w, unit)
                 column = jnp.zeros(m + 1, size.dtype)
                 for _ in range(2):
                     overlap = jax.vmap(lambda direction, w=w: _tree.vdot(direction, w))(basis)
@@ -593,7 +588,7 @@ def gmres(
             basis, hessenberg, stretch, unit = jax.lax.fori_loop(0, m, arnoldi, start)
             first = jnp.zeros(m + 1, size.dtype).at[0].set(size)
             y, _, _, values = jnp.linalg.lstsq(hessenberg, first)
-            v = _tree.add(v, _in_units(precondition(combine(y, basis)), unit))
+            v = _tree.add(v, _tree.per_unit(precondition(combine(y, basis)), unit))
             r = _tree.subtract(b, matvec(v))
             # Singular values of A M^-1 on the Krylov space lie between its own; those of no direction are zero.
             kept = values > m * jnp.finfo(values.dtype).eps * values[0]

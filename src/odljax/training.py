@@ -292,10 +292,12 @@ def latest_step(directory: str | Path) -> int | None:
         >>> latest_step("a/directory/that/is/not/there") is None
         True
     """
-    directory = _absolute(directory)
-    # Orbax gives a checkpoint its bare number only when it is complete.
-    steps = [int(path.name) for path in directory.iterdir() if path.name.isdigit()] if directory.is_dir() else []
-    return max(steps, default=None)
+    return max((int(path.name) for path in _numbered(_absolute(directory)) if (path / _TREE).is_dir()), default=None)
+
+
+def _numbered(directory: Path) -> list[Path]:
+    """What bears a bare number, which Orbax gives to complete checkpoints alone."""
+    return [path for path in directory.iterdir() if path.name.isdigit()] if directory.is_dir() else []
 
 
 def _first_step(who: str, directory: Path | None, resume: bool) -> int:
@@ -469,12 +471,22 @@ def _look_ahead(who: str, directory: Path, state: State) -> None:
             f"{who}: checkpoint_directory must be a directory that can be written to; {directory}: {error.strerror}. "
             "Choose another."
         ) from error
+    _refuse_strangers(who, directory)
     needed = _AROUND + sum(leaf.nbytes for leaf in map(_stored, jax.tree.leaves(state)) if leaf is not None)
     if free < needed:
         raise OSError(
             f"{who}: checkpoint_directory must have room for the state, {needed:,} bytes; {directory} has "
             f"{free:,}. Make room, or choose another."
         )
+
+
+def _refuse_strangers(who: str, directory: Path) -> None:
+    for path in _numbered(directory):
+        if not (path / _TREE).is_dir():
+            raise FileExistsError(
+                f"{who}: {path} has the name of a checkpoint and is none, and Orbax would count it as one. Move it, or "
+                "choose another directory."
+            )
 
 
 def _manager(ocp: Any, directory: Path) -> Any:
@@ -500,6 +512,7 @@ def _save(who: str, directory: Path, tree: PyTree, step: int | None, history: Ma
             f"{who}: step must be above {last}, that of the checkpoint in {directory}; {step} came. "
             "Leave it out, or choose another directory."
         )
+    _refuse_strangers(who, directory)
     ocp = _orbax(who)
     # The history is beside the tree, not around it, so that what fit saved is loaded like what save did.
     parts = {_TREE: _boxed(jax.tree.map(_stored, tree)), **({_HISTORY: dict(history)} if history else {})}

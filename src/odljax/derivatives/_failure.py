@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .. import _tree
+from .._checks import enters
+from .._moving import moving
 from .._types import STATUS_MESSAGES, Status
+from ..iterations import Iteration
 from ..solvers import Solution, Solver
 
 POLICIES = ("warn", "ignore", "raise")
@@ -47,7 +51,7 @@ def facts_of(solution: Solution) -> tuple[Array, Array]:
     residual = solution.relative_residual
     if residual is None:
         return solution.status, jnp.zeros(())
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(solution.x))
+    eps = _tree.rounding(solution.x)
     exact = (solution.status == int(Status.STALLED)) & (residual <= 10 * eps)
     return jnp.where(exact, jnp.zeros_like(solution.status), solution.status), residual
 
@@ -60,12 +64,39 @@ def with_alarm(solver: Solver, on_failure: str, worst: Status = Status.CONVERGED
     tell = teller(solver.derivative, on_failure)
 
     def solve(x0: Any, theta: Any) -> Solution:
-        solution = quiet.solve(x0, theta)
+        solution = quiet.solve(x0, watched(solver.derivative, on_failure, solver.iteration, x0, theta))
         status, residual = facts_of(solution)
         status = jnp.where(status > int(worst), status, jnp.zeros_like(status))
         return solution._replace(x=reported(solution.x, (status, residual), tell, in_derivative=True))
 
     return dataclasses.replace(solver, solve=solve, quiet=quiet)
+
+
+def watched(who: str, on_failure: str, iteration: Iteration, x0: Any, theta: Any) -> Any:
+    """``theta``, whose derivative tells, while it is traced, of a theta that the steps do not look at."""
+
+    def stepped(theta: Any) -> Any:
+        return iteration.step(x0, iteration.init(x0, theta), theta, jnp.zeros((), int))
+
+    if on_failure == "ignore" or enters(stepped, theta):
+        return theta
+    message = (
+        f"{who}: theta does not enter {iteration.name}, so the derivative of x in it is zero. A map T(x, theta) must "
+        f"use its second argument (that of a Flax module may be a flag). If it is meant, pass on_failure='ignore'."
+    )
+
+    def tell(leaves: Any, operands: Any, tangents: Any) -> Any:
+        if on_failure == "raise":
+            raise ValueError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return tangents
+
+    leaves, structure = jax.tree.flatten(theta)
+    inexact = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    moved = [jnp.asarray(leaves[i]) for i in inexact]
+    for i, leaf in zip(inexact, moving(moved, moved, tell), strict=True):
+        leaves[i] = leaf
+    return structure.unflatten(leaves)
 
 
 def teller(who: str, on_failure: str, describe: Callable[..., str] = solve_failed) -> Callable[..., None]:

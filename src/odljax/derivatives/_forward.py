@@ -13,12 +13,12 @@ from jax import Array
 
 from .. import _tree
 from .._checks import coupling, is_a, uncoupled
+from .._moving import Hoisted, hoisted, recomputed
 from .._types import Status, Theta, X
 from ..iterations import Iteration
 from ..solvers import Solution, Solver, for_steps
-from ..solvers._solver import stopping_loop
+from ..solvers._solver import stopping, stopping_loop
 from ._failure import check_policy, with_alarm
-from ._moving import Hoisted, hoisted, recomputed
 
 
 def forward(solver: Solver[X, Theta], *, on_failure: str = "warn") -> Solver[X, Theta]:
@@ -81,7 +81,8 @@ def _steps(solver: Solver, x0: Any, theta: Any) -> Solution:
         bare = for_steps(solver.iteration, solver.num_steps, history=solver.history, record=solver.record)
         return bare.solve(x0, theta)
     options = (solver.iteration, solver.tolerance, solver.num_steps, solver.history, solver.record)
-    return stopping_loop(*options, x0, theta, differentiated=True)
+    loop = stopping(*options, x0, theta, differentiated=True)
+    return stopping_loop(*loop, solver.num_steps if solver.history else 0)
 
 
 def _alone(iteration: Iteration, function: Hoisted, x0: Any, theta: Any) -> None:

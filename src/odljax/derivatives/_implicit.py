@@ -13,14 +13,14 @@ from jax import Array
 
 from .. import _tree
 from .._checks import is_a, uncoupled
+from .._moving import hoisted, moving
 from .._types import Status, Theta, X
 from ..linear import LinearInfo, LinearSolver, cg, differentiable_solve, gmres, identity
 from ..operators import Operator
 from ..operators._operator import displacement
 from ..solvers import Adjoint, Solution, Solver
 from ..solvers._solver import residual_at
-from ._failure import adjoint_failed, check_policy, facts_of, reported, solve_failed, teller
-from ._moving import hoisted, moving
+from ._failure import adjoint_failed, check_policy, facts_of, reported, solve_failed, teller, watched
 from ._unrolled import stopped
 
 _NEAR = 1e-3  # a relative residual at which the derivative of a fixed point is still that of the steps
@@ -90,6 +90,7 @@ def _at_the_solution(solver: Solver, linear_solver: LinearSolver, on_failure: st
     exact = derivative == "implicit"
 
     def solve(x0: X, theta: Theta) -> Solution:
+        theta = watched(derivative, on_failure, solver.iteration, x0, theta)
         solution = settled(solver, x0, theta) if exact else stopped(solver.solve, x0, theta)
         x = _attach(operator, linear_solver, alarm(derivative, on_failure), x0, solution, theta)
         return solution._replace(x=x)
@@ -213,7 +214,7 @@ def reach(x0: Any, x: Any) -> Array:
 
 def negligible(cotangent: Any, size: Array, value: Any, relative_residual: Any) -> Array:
     """Whether the cotangent of an x of this size is zero as exactly as a loss of this value and a solve can tell."""
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(cotangent))
+    eps = _tree.rounding(cotangent)
     cotangent, value, relative_residual = jax.lax.stop_gradient((cotangent, value, relative_residual))
     # The error of x is its residual times a condition, for which a thousand is allowed.
     exact = jnp.maximum(100 * eps, 1000 * jnp.asarray(relative_residual).astype(size.dtype))

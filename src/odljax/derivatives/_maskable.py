@@ -13,9 +13,9 @@ import numpy as np
 from jax import Array
 
 from .._checks import is_a
+from .._moving import hoisted
 from .._types import Theta, X
 from ..solvers import Solution, Solver
-from ._moving import hoisted
 
 
 def maskable(solver: Solver[X, Theta]) -> Solver[X, Theta]:

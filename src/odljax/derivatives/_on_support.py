@@ -14,6 +14,7 @@ from jax import Array
 
 from .. import _tree
 from .._checks import count, describe, is_a, is_callable, leaf_name
+from .._moving import hoisted, moving
 from .._types import Status, Theta, X
 from ..linear import LinearInfo, LinearSolver, cg, differentiable_solve, gmres
 from ..operators import as_operator
@@ -21,7 +22,6 @@ from ..operators._operator import displacement
 from ..solvers import Adjoint, Solution, Solver
 from ._failure import adjoint_failed, check_policy, facts_of, reported, solve_failed, teller
 from ._implicit import check_operator, negligible, reach, settled
-from ._moving import hoisted, moving
 
 
 def on_support(
@@ -324,7 +324,8 @@ def _leak(residual: Callable[[Any], Any], x: Any, support: _Support) -> Array:
     direction = jax.tree.map(lambda part, leaf: part.astype(leaf.dtype), _split(jnp.cos(2.4 * entries), x), x)
     _, left = jax.jvp(residual, (x,), (direction,))
     reaction = _off(support, _tree.subtract(direction, left))
-    return jax.lax.stop_gradient(_tree.norm(reaction) / _tree.norm(direction))
+    length = _tree.norm(direction)  # zero where x holds no number
+    return jax.lax.stop_gradient(_tree.norm(reaction) / jnp.where(length > 0, length, jnp.ones_like(length)))
 
 
 def _truth(info: LinearInfo, support: _Support, leak: Array) -> LinearInfo:

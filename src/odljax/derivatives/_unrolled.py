@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from .. import _tree
 from .._checks import count, is_a
+from .._moving import hoisted
 from .._types import Status, Theta, X
 from ..solvers import Solution, Solver
 from ..solvers._solver import (
@@ -25,7 +26,6 @@ from ..solvers._solver import (
     stopping_finish,
 )
 from ._failure import check_policy, with_alarm
-from ._moving import hoisted
 
 
 def unrolled(

@@ -18,6 +18,7 @@ from ._estimator import (
     keep_finite,
     losses,
     pair,
+    slope_of,
     start_inner,
     start_outer,
 )
@@ -88,4 +89,4 @@ def alternating(
         )  # fmt: skip
         return gradient, WalkState(keep_finite(x, state.x), walk), info
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

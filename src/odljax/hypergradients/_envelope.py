@@ -13,7 +13,19 @@ from .. import _tree
 from .._checks import as_inner, coefficient, is_callable, number, same_as, scalar
 from .._types import Coefficient, Scalar, State, Step, Theta, X
 from ._descent import constraint, like, stationarity, step_along
-from ._estimator import Hypergradient, Info, Outer, both, conclude, keep_finite, losses, pair, start_inner, start_outer
+from ._estimator import (
+    Hypergradient,
+    Info,
+    Outer,
+    both,
+    conclude,
+    keep_finite,
+    losses,
+    pair,
+    slope_of,
+    start_inner,
+    start_outer,
+)
 
 
 class MEHAState(NamedTuple):
@@ -168,7 +180,7 @@ def meha(
         )  # fmt: skip
         return gradient, MEHAState(keep_finite(info.x, x), keep_finite(w, state.proximal_point), walk), info
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))
 
 
 def gap_function(
@@ -313,4 +325,4 @@ def gap_function(
         w, z = keep_finite((w, z), (state.proximal_point, state.multiplier))
         return gradient, GapState(keep_finite(info.x, x), w, z, walk), info
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

@@ -75,7 +75,7 @@ def estimate_error(
     if adjoint is not None:
         corrected = _tree.subtract(corrected, pull(guess)[1])
 
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves((x, gradient)))
+    eps = _tree.rounding((x, gradient))
     first, second = _tree.norm(step), _tree.norm(rest)
     # Steps of the size of rounding cannot shrink.
     shrinking = jnp.where(second <= 100 * eps * _tree.norm(x), 0.0, second / jnp.where(first > 0, first, 1.0))

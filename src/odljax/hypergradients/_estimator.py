@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
-from .._checks import as_inner, compiled_once, differentiable, is_callable, record, same_as, scalar
+from .._checks import as_inner, compiled_once, differentiable, enters, is_callable, record, same_as, scalar
 from .._types import State, Status, Theta, X
 from ..iterations import Iteration
 from ..operators import Operator
@@ -61,6 +62,9 @@ class Hypergradient(Generic[X, Theta]):
             them.
         update: ``(theta, state, *data) -> (gradient, state, info)``; the gradient has the structure of theta.
         name: what messages call it.
+        inner: ``(x, theta, *data) -> pytree``, what theta must enter for the gradient to be more than that of the outer
+            loss alone: a step, or the slope of the inner loss. ``init`` refuses a theta that does not enter it, unless
+            it is called with ``allow_unused=True``. None: nothing is looked at.
 
     Example:
         >>> import jax, optax, odljax as odl
@@ -80,20 +84,34 @@ class Hypergradient(Generic[X, Theta]):
     init: Callable[..., State]
     update: Callable[..., tuple[Theta, State, Info]]
     name: str = "hypergradient"
+    inner: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "init", _own(self.init))
+        object.__setattr__(self, "init", _own(self.init, self.name, self.inner or _unknown))
         object.__setattr__(self, "update", compiled_once(self.update))
 
 
-def _own(init: Callable[..., State]) -> Callable[..., State]:
-    """``init``, whose state shares no buffer with its arguments or itself, so that it may be donated."""
+def _own(init: Callable[..., State], who: str, inner: Callable[..., Any]) -> Callable[..., State]:
+    """``init``, which looks for theta in the inner problem, and whose state shares no buffer with its arguments or
+    itself, so that it may be donated."""
 
     @functools.wraps(init)
-    def call(*arguments: Any, **named: Any) -> State:
-        return jax.tree.map(jnp.copy, init(*arguments, **named))
+    def call(theta: Any, x0: Any = None, *data: Any, allow_unused: bool = False) -> State:
+        state = init(theta, x0, *data)
+        if x0 is None or allow_unused or enters(lambda theta: inner(x0, theta, *data), theta):
+            return jax.tree.map(jnp.copy, state)
+        raise ValueError(
+            f"{who}: theta does not enter the inner problem, so that the gradient through x is zero. A map "
+            f"T(x, theta) or a loss f(x, theta) must use its second argument (that of a Flax module may be a "
+            f"flag). If it is meant, call init(..., allow_unused=True)."
+        )
 
     return call
+
+
+def _unknown(x: Any, theta: Any, *data: Any) -> Any:
+    """An inner problem of which nothing is known; theta enters."""
+    return theta
 
 
 class Outer(NamedTuple):
@@ -138,6 +156,11 @@ def told(status: Array, value: Any, gradient: Any) -> Array:
     return jnp.where(finite, status, jnp.asarray(int(Status.NON_FINITE), status.dtype))
 
 
+def first_step(iteration: Iteration) -> Callable[..., Any]:
+    """The first step as what theta must enter."""
+    return lambda x, theta, *data: iteration.step(x, iteration.init(x, theta), theta, jnp.zeros((), int))
+
+
 # ---- what the estimators of two losses share ------------------------------------------------------------------------
 
 
@@ -169,6 +192,20 @@ def pair(who: str, data: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, .
             f"outer_data) and update(theta, state, inner_data, outer_data)."
         )
     return (data[:1], data[1:])
+
+
+def slope_of(who: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """The slope of the inner loss as what theta must enter; theta itself where its data are not there."""
+
+    def slope(x: Any, theta: Any, *data: Any) -> Any:
+        given = pair(who, data)[0]
+        try:
+            inspect.signature(inner).bind(x, theta, *given)
+        except (TypeError, ValueError):
+            return theta
+        return jax.grad(inner)(x, theta, *given)
+
+    return slope
 
 
 def start_inner(who: str, theta: Any, x0: Any) -> Any:

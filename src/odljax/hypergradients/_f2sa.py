@@ -12,7 +12,7 @@ from jax import Array
 from .. import _tree
 from .._checks import coefficient, count, number
 from .._types import Coefficient, Step, Theta, X
-from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, slope_of, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -139,4 +139,4 @@ def f2sa(
             value=value, x=w, inner_residual=_tree.norm(x_slope), num_steps=num_steps,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

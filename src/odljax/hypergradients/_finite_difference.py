@@ -21,6 +21,7 @@ from ._estimator import (
     losses,
     pair,
     relative,
+    slope_of,
     start_inner,
     start_outer,
 )
@@ -110,7 +111,7 @@ def finite_difference(
         )  # fmt: skip
         return gradient, WalkState(keep_finite(x, state.x), walk), info
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))
 
 
 def rank_one(
@@ -178,4 +179,4 @@ def rank_one(
         )  # fmt: skip
         return gradient, WalkState(keep_finite(x, state.x), walk), info
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

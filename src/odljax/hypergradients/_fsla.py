@@ -12,7 +12,7 @@ from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, Theta, X
 from ._directions import cross_product, first_fresh, hessian_product, storm
-from ._estimator import Hypergradient, Info, Outer, finish, losses, relative, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, relative, slope_of, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -122,4 +122,4 @@ def fsla(
             adjoint_residual=relative(_tree.norm(adjoint), _tree.norm(x_gradient)),
         )  # fmt: skip
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

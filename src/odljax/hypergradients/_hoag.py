@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
+from .. import _tree
 from .._checks import coefficient, count, is_a, is_callable
-from .._types import Coefficient, Scalar, State, Step, Theta, X
+from .._types import Coefficient, Scalar, State, Theta, X
 from ..derivatives import implicit
 from ..iterations import Iteration
 from ..linear import LinearSolver, cg, gmres
 from ..solvers import Solver, until_converged
-from ._estimator import Hypergradient, Info
+from ..solvers._solver import residual_at
+from ._estimator import Hypergradient, Info, first_step
 from ._through import OuterLoss, WarmState, advance, check_trust, cold_start, keep_warm, warm
 
 
@@ -42,7 +44,8 @@ def hoag(
         outer: :math:`\ell`, ``(x, theta, *data) -> scalar``.
         tol: :math:`\varepsilon_t > 0`, decreasing and summable, a number, a schedule of the update number, or a
             function of theta; let it end above the rounding of the dtype. None: :math:`0.1 / (t + 1)^2`, but not below
-            1000 rounding units, which the inner solve may also leave relative to the scale of its residual.
+            1000 rounding units, free of units: the inner solve takes it as its ``relative_tol``, and may stop at 1000
+            rounding units of its first residual, too, for a solution of zero has no scale.
         max_steps: budget of each inner solve, at least 1.
         linear_solver: ``tolerance -> LinearSolver``, for instance ``lambda tol: odl.linear.bicgstab(tol=tol)``.
             Default: conjugate gradients where the operator is declared symmetric, else GMRES.
@@ -79,24 +82,28 @@ def hoag(
         linear_solver = (lambda tol: cg(tol=tol)) if symmetric else (lambda tol: gmres(tol=tol))
     is_callable(who, "linear_solver", linear_solver, "tol")
 
-    def solver_at(tol: Scalar, floor: float = 0.0) -> Solver[X, Theta]:
-        stopping = until_converged(iteration, tol=tol, relative_tol=floor, max_steps=max_steps)
-        return implicit(stopping, linear_solver(tol))
+    def solver_of(tol: Scalar, relative_tol: Scalar, adjoint_tol: Scalar) -> Solver[X, Theta]:
+        stopping = until_converged(iteration, tol=tol, relative_tol=relative_tol, max_steps=max_steps)
+        return implicit(stopping, linear_solver(adjoint_tol))
 
-    trust = check_trust(who, solver_at(0.5), on_adjoint_failure, error_estimate)
+    any_one = solver_of(0.5, 0.0, 0.5)
+    trust = check_trust(who, any_one, on_adjoint_failure, error_estimate)
 
     def init(theta: Theta, x0: X, *data: Any) -> WarmState:
-        return warm(cold_start(who)(theta, x0), solver_at(0.5))
+        return warm(cold_start(who)(theta, x0), any_one)
 
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
-        t = state.outer.t
-        solver = solver_at(*_quadratic(state.x, t)) if tolerance is None else solver_at(tolerance(theta, t))
+        walk = state.outer
+        if tolerance is not None:
+            epsilon = tolerance(theta, walk.t)
+            solver = solver_of(epsilon, 0.0, epsilon)
+        else:
+            residual, known = cast(Array, residual_at(iteration, state.x, theta)), walk.first
+            first = jnp.where(known > 0, known, jnp.where(jnp.isfinite(residual), residual, 0).astype(known.dtype))
+            state = state._replace(outer=walk._replace(first=first))
+            floor = 1000 * _tree.rounding(state.x)
+            epsilon = jnp.maximum(0.1 / (walk.t.astype(float) + 1.0) ** 2, floor)
+            solver = solver_of(floor * first[0], epsilon, epsilon)
         return keep_warm(state, *advance(who, solver, outer, theta, state, data, trust))
 
-    return Hypergradient(init, update, f"hoag({iteration.name})")
-
-
-def _quadratic(x: Any, t: Step) -> tuple[Any, float]:
-    """``0.1 / (t + 1)^2``, held above what rounding lets a relative residual reach, and that floor."""
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(x))
-    return jnp.maximum(0.1 / (t.astype(float) + 1.0) ** 2, 1000 * eps), 1000 * eps
+    return Hypergradient(init, update, f"hoag({iteration.name})", first_step(iteration))

@@ -19,7 +19,7 @@ from ..operators import Operator
 from ..operators._operator import inverse_metric
 from ..solvers import History, for_steps
 from ..solvers._solver import residual_at
-from ._estimator import Hypergradient, Info, WalkState, advance_outer, keep_finite, start_outer, told
+from ._estimator import Hypergradient, Info, WalkState, advance_outer, first_step, keep_finite, start_outer, told
 from ._start import first_start, started
 
 
@@ -175,7 +175,7 @@ def hodl(
         x = keep_finite(solution.x, state.x) if warm_start else state.x
         return gradient, WalkState(x, walk), info
 
-    return Hypergradient(init, update, f"hodl({base.name})")
+    return Hypergradient(init, update, f"hodl({base.name})", None if start else first_step(base))
 
 
 def _watched(operator: Operator[X, Theta], num_steps: int) -> Iteration[X, Theta]:

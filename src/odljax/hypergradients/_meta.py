@@ -63,6 +63,8 @@ def _meta(
         if data:
             names = ("the inner data", "the outer data")
             sizes = [num_samples(who, name, side) for name, side in zip(names, sides, strict=True)]
+            if not sizes[0]:
+                raise ValueError(f"{who}: the mean over no task is no number; the data hold 0. Give at least one.")
             if sizes[0] != sizes[1]:
                 raise ValueError(
                     f"{who}: the leading axis of the data is the task; the inner data hold {sizes[0]}, the outer data "

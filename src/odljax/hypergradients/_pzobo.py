@@ -13,7 +13,7 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
 from ._directions import own_key
-from ._estimator import Hypergradient, Info, Outer, both, finish, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, both, finish, losses, slope_of, start_inner, start_outer
 from ._minibatches import minibatches
 
 T = TypeVar("T")
@@ -139,4 +139,4 @@ def pzobo(
             value=value, x=x, inner_residual=residuals[-1], num_steps=num_steps,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

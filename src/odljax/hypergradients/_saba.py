@@ -13,7 +13,7 @@ from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, Theta, X
 from ._directions import Directions, linearised
-from ._estimator import Hypergradient, Info, Outer, both, finish, losses, pair, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, both, finish, losses, pair, slope_of, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -179,4 +179,4 @@ def saba(
             value=d.value, x=x, inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

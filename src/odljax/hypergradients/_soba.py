@@ -11,7 +11,7 @@ from .. import _tree
 from .._checks import coefficient
 from .._types import Coefficient, State, Theta, X
 from ._directions import directions
-from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, slope_of, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -98,4 +98,4 @@ def soba(
             value=d.value, x=x, inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

@@ -11,7 +11,7 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
 from ._directions import Directions, directions, refresh_period, refreshed_or, sarah
-from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, slope_of, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -128,4 +128,4 @@ def srba(
             value=d.value, x=new_x, inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

@@ -11,7 +11,7 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Step, Theta, X
 from ._directions import Point, first_fresh, implicit_directions, own_key, storm, truncation_length
-from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, slope_of, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -64,7 +64,7 @@ def _double_momentum(
             inner_residual=_tree.norm(memory[0]), adjoint_residual=new.residual,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))
 
 
 def sustain(

@@ -13,7 +13,19 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, State, Step, Theta, X
 from ._descent import constraint, gradient_walk, like, stationarity, step_along
-from ._estimator import Hypergradient, Info, Outer, both, conclude, keep_finite, losses, pair, start_inner, start_outer
+from ._estimator import (
+    Hypergradient,
+    Info,
+    Outer,
+    both,
+    conclude,
+    keep_finite,
+    losses,
+    pair,
+    slope_of,
+    start_inner,
+    start_outer,
+)
 
 
 class BVFSMState(NamedTuple):
@@ -207,7 +219,7 @@ def bvfsm(
         )  # fmt: skip
         return gradient, BVFSMState(keep_finite(x, state.x), keep_finite(z, state.minimiser), walk), info
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))
 
 
 def bome(
@@ -303,7 +315,7 @@ def bome(
         )  # fmt: skip
         return gradient, ValueGapState(keep_finite(info.x, x), None, walk), info
 
-    return Hypergradient(init, update, f"bome({barrier})")
+    return Hypergradient(init, update, f"bome({barrier})", slope_of(who, inner))
 
 
 def pbgd(
@@ -415,4 +427,4 @@ def pbgd(
         w = keep_finite(w, state.minimiser) if warm_start else None
         return gradient, ValueGapState(keep_finite(info.x, x), w, walk), info
 
-    return Hypergradient(init, update, f"pbgd({form})")
+    return Hypergradient(init, update, f"pbgd({form})", slope_of(who, inner))

@@ -12,7 +12,7 @@ from .. import _tree
 from .._checks import coefficient, count
 from .._types import Coefficient, Theta, X
 from ._directions import Directions, Point, implicit_directions, refresh_period, refreshed_or, sarah
-from ._estimator import Hypergradient, Info, Outer, finish, losses, start_inner, start_outer
+from ._estimator import Hypergradient, Info, Outer, finish, losses, slope_of, start_inner, start_outer
 from ._minibatches import minibatches
 
 
@@ -158,4 +158,4 @@ def vrbo(
             inner_residual=_tree.norm(slope), adjoint_residual=p.residual, num_steps=num_steps,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who)
+    return Hypergradient(init, update, who, slope_of(who, inner))

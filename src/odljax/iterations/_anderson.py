@@ -48,11 +48,6 @@ def unit(x: object, *lengths: Array) -> Array:
     return _tree.power_of_two(jax.lax.stop_gradient(functools.reduce(jnp.maximum, lengths, rounding)))
 
 
-def per_unit(x: X, unit: Array) -> X:
-    """``x / unit`` for a power of two, in the dtypes of x."""
-    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), _tree.unscaled(x, unit), x)
-
-
 class AndersonState(NamedTuple):
     """The last iterates, their steps with the unit of each, the Gram matrix of the steps in these units (type II), the
     state of the iteration below, and that of the safeguard, if there is one."""

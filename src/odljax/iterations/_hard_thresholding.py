@@ -13,7 +13,6 @@ from .._checks import coefficient_of_theta, count, is_callable
 from .._types import Coefficient, State, Step
 from ..operators import hard_thresholding
 from ..operators._gradient import Objective, value_and_gradient
-from ._anderson import per_unit
 from ._iteration import Iteration, stateless
 
 
@@ -83,14 +82,14 @@ def accelerated_hard_thresholding(
         # At x = 0 the entries with the largest gradients stand in for a support.
         stand_in = _support.largest(slope, num_nonzeros, rows=rows)
         along = _support.keep(slope, _tree.where(_any(nonzero), nonzero, stand_in))
-        along = per_unit(along, _tree.magnitude(along))
+        along = _tree.per_unit(along, _tree.magnitude(along))
         safe = jnp.asarray(safe_step(theta)).astype(_tree.accumulation_dtype(x))
         mu = _ratio(_tree.vdot(along, along), _tree.vdot(along, bend(along)), safe)
         tried, mask = select(mu)
         change = _tree.subtract(tried, x)
         new_slope, new_value = slope_of(tried)
         unit = _tree.magnitude(change)
-        ahead = per_unit(change, unit)
+        ahead = _tree.per_unit(change, unit)
         curvature = _tree.vdot(_tree.subtract(new_slope, slope), ahead)
         bounded = mu * curvature <= 0.99 * unit * _tree.vdot(ahead, ahead)
         rounding = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
@@ -105,7 +104,7 @@ def accelerated_hard_thresholding(
         slope, bend = jax.linearize(lambda x: value_and_gradient(who, objective, x, theta)[1], x)
         rest = _support.keep(_tree.negative(slope), mask)
         unit = _tree.magnitude(rest)
-        rest = per_unit(rest, unit)
+        rest = _tree.per_unit(rest, unit)
         zero = jnp.zeros((), _tree.accumulation_dtype(x))
 
         def improve(carry: Any, _: None) -> Any:

@@ -15,7 +15,6 @@ from .._types import Coefficient, State, Step
 from ..linear import LinearSolver, cg, differentiable_solve
 from ..operators import Operator, gradient
 from ..operators._gradient import Objective, value_and_gradient
-from ._anderson import per_unit
 from ._iteration import Iteration, stateless
 
 Residual = Callable[[Any, Any], Any]
@@ -114,11 +113,11 @@ def _least_squares(who: str, residual: Residual) -> tuple[Callable[[Any, Any], _
         transpose = jax.linear_transpose(push, x)
         pull = lambda u: _tree.conjugate(transpose(_tree.conjugate(u))[0])  # noqa: E731
         a = _tree.magnitude(r)
-        r = per_unit(r, a)
+        r = _tree.per_unit(r, a)
         slope = pull(r)
         b = _tree.magnitude(slope)
-        normal = lambda v: per_unit(pull(per_unit(push(v), b)), b)  # noqa: E731
-        return _Model(r, per_unit(slope, b), normal, a, b)
+        normal = lambda v: _tree.per_unit(pull(_tree.per_unit(push(v), b)), b)  # noqa: E731
+        return _Model(r, _tree.per_unit(slope, b), normal, a, b)
 
     return model, gradient(half_square(residual), 1.0)
 
@@ -235,7 +234,7 @@ def levenberg_marquardt(
         shift = factor * first
         back = solve(lambda v: _tree.add_scaled(model.normal(v), shift, v), model.slope)
         trial = _tree.subtract(x, model.step(back))
-        ahead = per_unit(residual(trial, theta), model.a)
+        ahead = _tree.per_unit(residual(trial, theta), model.a)
         before, squared, fall = _tree.vdot(model.r, model.r), _tree.vdot(back, back), _tree.vdot(model.slope, back)
         promised = shift * squared + fall
         gained = before - _tree.vdot(ahead, ahead)

@@ -14,7 +14,7 @@ from .. import _tree
 from .._checks import count, number
 from .._types import Scalar, State, Step, Theta, X
 from ..operators import Operator
-from ._anderson import Guard, combine, guarded, per_unit, start_guard, unit
+from ._anderson import Guard, combine, guarded, start_guard, unit
 from ._iteration import Iteration, iteration_of, restart_by
 
 
@@ -91,7 +91,7 @@ def broyden(
         s, y = _tree.subtract(x, state.previous), _tree.subtract(state.change, change)
         length = _tree.norm(s)
         one = unit(x, length)
-        s, y = per_unit(s, one), per_unit(y, one)
+        s, y = _tree.per_unit(s, one), _tree.per_unit(y, one)
         full = state.used == memory
         used = jnp.where(full, jnp.zeros_like(state.used), state.used)
         columns, rows = _tree.where(full, *_emptied(state.columns)), _tree.where(full, *_emptied(state.rows))

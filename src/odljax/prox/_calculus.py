@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 
 from .. import _tree
 from .._checks import is_callable, number
+from .._moving import hoisted, moving
 from .._types import Float, PyTree
-from ..derivatives._moving import hoisted, moving
 from ._leafwise import STATIC, flatten, spread, widest
 
 Prox = Callable[..., Any]

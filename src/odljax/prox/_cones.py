@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from .._moving import moving
 from .._types import Float, PyTree
-from ..derivatives._moving import moving
 from ._leafwise import flatten, leafwise, length_and_direction
 from ._spectral import positive_part
 

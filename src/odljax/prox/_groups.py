@@ -12,9 +12,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from .._moving import moving
 from .._tree import magnitude
 from .._types import Float, Inexact, PyTree
-from ..derivatives._moving import moving
 from ._leafwise import (
     describe,
     fit,
@@ -217,7 +217,12 @@ def _solve(v: Array, t: Array, inside: Array) -> tuple[Array, Array, Array]:
             return jnp.where(norm([subgradient(ahead)]) < norm([slope]), ahead, x)
 
         x = jax.lax.fori_loop(0, 3, newton, jnp.where(free, point.x, 0))
-        return x, free, norm([subgradient(x)])
+        slope, shared = subgradient(x), jnp.where(inside & gone[:, None], 1, 0)
+        # The groups that are 0 have room to take up what is left in their entries; x belongs to thresholds that are
+        # greater by what does not fit.
+        w = point.w - shared * jnp.where(free, 0, slope / jnp.maximum(jnp.sum(shared, axis=0), 1))
+        excess = jnp.where(gone, jnp.maximum(norm([w], axis=1)[:, 0] - t, 0), 0)
+        return x, free, norm([jnp.where(free, slope, 0), excess])
 
     # The objective is strongly convex: a subgradient bounds the distance from the solution. A group that only just is 0
     # comes near 0 slowly, and is told by a coarser level.

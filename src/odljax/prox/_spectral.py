@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..derivatives._moving import moving
+from .._moving import moving
 
 
 def positive_part(x: Array) -> Array:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from .._moving import moving
 from .._tree import magnitude
 from .._types import Inexact, PyTree
-from ..derivatives._moving import moving
 from ..iterations import Iteration
 from ..linear import cg, differentiable_solve
 from ..operators import Operator

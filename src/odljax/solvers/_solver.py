@@ -26,6 +26,7 @@ from .._checks import (
     record,
     same_as,
 )
+from .._moving import moving
 from .._types import STATUS_MESSAGES, Scalar, State, Status, Step, Theta, X
 from ..iterations import Iteration
 from ..iterations._iteration import MeasuredStep
@@ -263,7 +264,8 @@ def until_converged(
     tolerance = (tol, relative_tol)
 
     def solve(x0: X, theta: Theta) -> Solution:
-        solution = stopping_loop(iteration, tolerance, max_steps, history, record, x0, theta)
+        loop = stopping(iteration, tolerance, max_steps, history, record, x0, theta)
+        solution = stopping_loop(*loop, max_steps if history else 0)
         message = (
             f"{solver.name}: a loop that stops by itself has no reverse mode. Wrap the solver: implicit(solver), "
             f"unrolled(solver), forward(solver), truncated(solver, num_steps=...) or one_step(solver)."
@@ -416,7 +418,7 @@ def _slopes(now: tuple[Any, ...], before: tuple[Any, ...], moved: Array) -> tupl
 
 def _slopes_at(operator: Operator, x: Any, theta: Any) -> tuple[Array, ...]:
     """How much each value changes along x, where no walk has shown it yet: signs and zeros of x are kept."""
-    x, width = jax.lax.stop_gradient(x), float(jnp.finfo(_lowest_dtype(x)).eps) ** 0.5
+    x, width = jax.lax.stop_gradient(x), _tree.rounding(x) ** 0.5
     here, there = (_unscaled_parts(_parts_at(operator, at, theta)) for at in (x, _tree.scale(1 + width, x)))
     slopes = _slopes(there, here, width * _tree.norm(x))
     return tuple(jnp.where(jnp.isfinite(slope), slope, 0) for slope in slopes)
@@ -535,7 +537,7 @@ def stopping(
         )
         better = measure < _IMPROVEMENT * carry.best
         best_at = jnp.where(better, k, carry.best_at)
-        eps = float(jnp.finfo(_lowest_dtype(x)).eps)
+        eps = _tree.rounding(x)
         rounding = 100 * eps
         # The steepest slope of a walk may lie far behind: what is compared with it may look small and still fall.
         small = measured.relative <= rounding if not values else jnp.asarray(False)
@@ -560,15 +562,16 @@ def stopping(
         status = jnp.where(open_still, status, carry.status)
         running = status == _RUNNING
         # What is not finite is let through by one more step, so that x shows it and no derivative hides it.
-        moving = running | (open_still & (status == int(Status.NON_FINITE)))
+        advances = running | (open_still & (status == int(Status.NON_FINITE)))
         if ahead is None:
-            here, hyper, before = (_cut_off(tree, moving) if cut else tree for tree in (x, theta, state))
-            ahead = checked_step(iteration, here, before, hyper, index)
+            at = (x, state, theta)
+            before = [_cut_off(tree, advances) for tree in at] if cut else at
+            ahead = checked_step(iteration, before[0], before[1], before[2], index)
         new_x, new_state = ahead
         moved = _tree.norm(_tree.subtract(*jax.lax.stop_gradient((new_x, x))))
         new = Progress(
-            _tree.where(moving, new_x, x),
-            _tree.where(moving, new_state, state),
+            _tree.where(advances, new_x, x),
+            _tree.where(advances, new_state, state),
             jnp.where(running, k + 1, k),
             status,
             jnp.where(open_still, measure, carry.residual),
@@ -586,23 +589,13 @@ def stopping(
 
 
 def stopping_loop(
-    iteration: Iteration,
-    tolerance: tuple[Any, Any],
-    max_steps: int,
-    history: bool,
-    record: Any,
-    x0: Any,
-    theta: Any,
-    *,
-    differentiated: bool = False,
+    carry: Progress, body: Callable[[Progress], tuple[Progress, History | None]], num_rows: int
 ) -> Solution:
-    """The loop itself, as a ``while_loop``; rows are written where the carry says."""
-    options = (iteration, tolerance, max_steps, history, record)
-    carry, body = stopping(*options, x0, theta, differentiated=differentiated)
+    """The loop that ``stopping`` has made, as a ``while_loop``; rows, if any, are written where the carry says."""
     rows = None
-    if history:
+    if num_rows:
         shapes = jax.eval_shape(lambda carry: body(carry)[1], carry)
-        rows = jax.tree.map(lambda one: jnp.zeros((max_steps, *one.shape), one.dtype), shapes)
+        rows = jax.tree.map(lambda one: jnp.zeros((num_rows, *one.shape), one.dtype), shapes)
 
     def step(loop: Any) -> Any:
         before, rows = loop
@@ -614,25 +607,21 @@ def stopping_loop(
     return stopping_finish(carry, rows)
 
 
-def _cut_off(x: Any, moving: Array) -> Any:
-    """The same values, without a derivative where nothing moves: zero times an infinite slope would be NaN."""
+def _cut_off(tree: Any, running: Array) -> Any:
+    """The same values, without a derivative where nothing moves: zero times an infinite slope would be NaN.
+
+    Not by a choice between the values and a constant, which reverse mode would store beside them.
+    """
 
     def cut(leaf: Any) -> Any:
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-        return _moving_only(leaf, moving) if floating else leaf
+        return moving(leaf, (leaf, running), _where_running) if floating else leaf
 
-    return jax.tree.map(cut, x)
-
-
-@jax.custom_jvp
-def _moving_only(leaf: Array, moving: Array) -> Array:
-    return leaf  # and no choice between two, which reverse mode would store beside the leaf
+    return jax.tree.map(cut, tree)
 
 
-@_moving_only.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    (leaf, moving), (moved, _) = primals, tangents
-    return leaf, jnp.where(moving, moved, jnp.zeros_like(moved))
+def _where_running(leaf: Array, operands: tuple[Array, Array], tangents: tuple[Array, Any]) -> Array:
+    return jnp.where(operands[1], tangents[0], jnp.zeros_like(leaf))
 
 
 def stopping_finish(carry: Progress, rows: History | None) -> Solution:
@@ -652,7 +641,3 @@ def stopping_finish(carry: Progress, rows: History | None) -> Solution:
         jax.tree.map(blank, rows),
         carry.state,
     )
-
-
-def _lowest_dtype(x: Any) -> np.dtype:
-    return max((leaf.dtype for leaf in jax.tree.leaves(x)), key=lambda dtype: float(jnp.finfo(dtype).eps))
