@@ -144,10 +144,12 @@ def triples():
     """Triples problem, iteration, derivative in which every meaningful pair of two of them occurs.
 
     Each iteration meets each derivative once, on the problem that brings the most pairs not seen yet; what is left over
-    is added.
+    is added. The linear solvers of ``implicit`` see a matrix and no iteration: each iteration meets two of them.
     """
     fits = {name: [p for p in PROBLEMS if build(PROBLEMS[p]()) is not None] for name, build in ITERATIONS.items()}
-    pairs = [pair for pair in itertools.product(ITERATIONS, DERIVATIVES) if pair not in EXCLUDED]
+    others = [name for name in DERIVATIVES if name.startswith("implicit(")]
+    skipped = {(it, d) for i, it in enumerate(ITERATIONS) for j, d in enumerate(others) if (i - j) % len(others)}
+    pairs = [p for p in itertools.product(ITERATIONS, DERIVATIVES) if p not in EXCLUDED and p not in skipped]
     chosen, seen = [], set()
 
     def choose(candidates):

@@ -127,6 +127,7 @@ def test_an_interrupted_run_that_is_resumed_ends_as_an_unbroken_one(whole, tiny,
     fit = training.fit
     with monkeypatch.context() as patch:
         patch.setattr(training, "fit", interrupted)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
         assert tiny("--method", "dladmm") == 130
     assert 0 < training.latest_step(tmp_path / "dladmm") < TINY.steps
     assert "--resume" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """A failed solve is told once, where its derivative is used, and the alarm changes nothing else."""
 
+import itertools
 import os
 import re
 import warnings
@@ -214,6 +215,16 @@ def test_a_step_that_is_not_taken_has_no_derivative():
     np.testing.assert_allclose(gradients, np.ones((3, 2)), rtol=0, atol=1e-9)
 
 
+def test_what_is_cut_off_has_no_second_derivative_either():
+    """The solution is theta^3, reached by clipped steps whose slope there is NaN: the Hessian of its sum is 6 theta."""
+    stop = odl.until_converged(odl.fixed_point(lambda x, theta: clipped(x, theta**3)), tol=1e-9, max_steps=6)
+    theta = jnp.array([1.1, 1.2])
+    for solver in (odl.unrolled(stop), odl.forward(stop)):
+        value = lambda theta, s=solver: jnp.sum(s(jnp.zeros(2), theta).x)
+        for outer, inner in itertools.product((jax.jacfwd, jax.jacrev), repeat=2):
+            np.testing.assert_allclose(jax.jit(outer(inner(value)))(theta), np.diag(6 * theta), rtol=0, atol=1e-8)
+
+
 def test_a_start_at_the_solution_takes_a_step():
     stop = odl.until_converged(odl.fixed_point(lambda x, theta: 0.5 * x + theta), tol=1e-2, max_steps=50)
     for solver in (odl.unrolled(stop), odl.forward(stop)):
@@ -263,3 +274,67 @@ def test_a_batch_that_is_one_problem_is_right_or_refused():
         np.testing.assert_allclose(solve(solver)(q), q * mean + 1, rtol=0, atol=1e-9)  # the value is right
         with pytest.raises(TypeError, match="other elements of the vmapped axis 'batch'"):
             jax.jacrev(solve(solver))(q)
+
+
+# ---- a theta that never enters --------------------------------------------------------------------------------------
+
+
+def ignoring(x, theta):
+    return 0.5 * x + 1.0
+
+
+@pytest.mark.parametrize("rule", ["implicit", "one_step", "unrolled", "forward"])
+def test_a_theta_that_does_not_enter_is_told_by_the_derivative_alone(rule):
+    solver = getattr(odl, rule)(odl.for_steps(odl.fixed_point(ignoring), 30))
+    strict = getattr(odl, rule)(odl.for_steps(odl.fixed_point(ignoring), 30), on_failure="raise")
+    silent = getattr(odl, rule)(odl.for_steps(odl.fixed_point(ignoring), 30), on_failure="ignore")
+    theta = {"of": jnp.ones(2), "key": jax.random.key(0)}
+    value = lambda theta, s=solver: s(0.0, {**theta, "key": jax.random.key(0)}).x
+    assert abs(float(value(theta)) - 2) < 1e-6
+    numbers = {"of": theta["of"]}
+    for mode in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))):
+        with pytest.warns(RuntimeWarning, match=rf"{rule}: theta does not enter fixed_point\(ignoring\).*on_failure"):
+            mode(value)(numbers)
+    with pytest.raises(ValueError, match="theta does not enter"):
+        jax.grad(lambda theta: value(theta, strict))(numbers)
+    np.testing.assert_array_equal(jax.grad(lambda theta: value(theta, silent))(numbers)["of"], 0)
+    # What the map closes over is another road, and a part of theta may well be for others.
+    entering = lambda x, theta: 0.5 * x + theta["of"][0]
+    closed = lambda c: getattr(odl, rule)(odl.for_steps(odl.fixed_point(lambda x, _: 0.5 * x + c), 30))(0.0, 1.0).x
+    partly = getattr(odl, rule)(odl.for_steps(odl.fixed_point(entering), 30))
+    assert float(jax.grad(closed)(1.0)) != 0
+    assert float(jax.grad(lambda theta: partly(0.0, theta).x)(numbers)["of"][1]) == 0
+
+
+class Layer:
+    def __call__(self, x, training=False):
+        return 0.5 * x
+
+
+def test_a_theta_that_does_not_enter_an_estimator_is_refused():
+    h, outer = odl.hypergradients, lambda x, theta, *data: jnp.sum(x**2) + jnp.sum(theta**2)
+    walk = odl.gradient_descent(lambda x, theta: 0.5 * jnp.sum((x - 1.0) ** 2) + jnp.sum(theta), 0.5)
+    solver = odl.for_steps(walk, 3)
+    blind = lambda x, theta, *data: 0.5 * jnp.sum((x - 1.0) ** 2) + jnp.sum(theta)
+    theta, x0 = jnp.ones(2), jnp.zeros(3)
+    of_solvers = [
+        h.through(solver, outer), h.warm_started(solver, outer), h.hoag(walk, outer), h.hodl(walk, outer, num_steps=3),
+        h.pessimistic(solver, outer),
+    ]  # fmt: skip
+    of_losses = [
+        h.soba(blind, outer, step_size=0.1), h.bda(blind, outer, step_size=0.1, num_steps=2),
+        h.pbgd(blind, outer, step_size=0.1), h.reversible(blind, outer, step_size=0.1, momentum=0.5, num_steps=2),
+    ]  # fmt: skip
+    for hyper in of_solvers + of_losses:
+        with pytest.raises(ValueError, match=r"theta does not enter the inner problem.*allow_unused=True"):
+            hyper.init(theta, x0)
+        gradient, _, _ = hyper.update(theta, hyper.init(theta, x0, allow_unused=True))
+        np.testing.assert_allclose(gradient, 2 * theta, atol=1e-9)
+    # A start that theta says is a road of its own; data that come with the updates only are not guessed.
+    h.through(solver, outer, start=lambda theta: jnp.zeros(3) + theta[0]).init(theta, None)
+    with_data = h.soba(lambda x, theta, row: jnp.sum((x - row) ** 2), outer, step_size=0.1)
+    with_data.init(theta, x0)
+    with pytest.raises(ValueError, match="theta does not enter"):
+        with_data.init(theta, x0, jnp.ones(3), jnp.ones(3))
+    with pytest.raises(TypeError, match="whether training is to keep its default is ambiguous"):
+        h.hodl(Layer(), outer, num_steps=3)

@@ -108,6 +108,13 @@ def test_the_bias_of_fomaml_is_the_missing_power():
     np.testing.assert_allclose(first_order - exact, np.mean(missing, axis=0), atol=1e-12)
 
 
+def test_no_tasks_have_no_mean():
+    none = jax.tree.map(lambda leaf: leaf[:0], (INNER, OUTER))
+    for name in ("maml", "reptile"):
+        with pytest.raises(ValueError, match=rf"{name}: the mean over no task is no number; the data hold 0"):
+            built(name, 1).init(jnp.asarray(THETA), None, *none)
+
+
 def test_reptile_with_one_step_is_a_gradient_step_of_the_mean_inner_loss():
     theta = jnp.asarray(THETA)
     mean = lambda theta, held: jnp.mean(jax.vmap(lambda task: inner(theta, held, task))(INNER))

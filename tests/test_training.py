@@ -398,6 +398,12 @@ def test_missing_and_unexpected_checkpoints_are_refused(tmp_path):
     with pytest.raises(FileExistsError, match=r"the checkpoint of step 2 of an earlier run.*Pass resume=True"):
         run(checkpoint_directory=tmp_path)
     assert names(tmp_path) == ["2"]
+    (tmp_path / "2024").mkdir()  # no checkpoint, though Orbax would count it
+    assert latest_step(tmp_path) == 2
+    with pytest.raises(FileExistsError, match="2024 has the name of a checkpoint and is none"):
+        run(checkpoint_directory=tmp_path, resume=True)
+    with pytest.raises(FileExistsError, match="2024 has the name of a checkpoint and is none"):
+        save(tmp_path, {"a": jnp.ones(2)})
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,7 @@ def test_hoags_own_tolerance_falls_with_the_square_of_the_update():
 
     hyper = hoag(DESCENT, regularised, linear_solver=recording)
     state = hyper.init(RIDGE.theta, RIDGE.x0)
+    steepest = float(jnp.linalg.eigvalsh(jax.hessian(RIDGE.objective)(RIDGE.x0, RIDGE.theta))[-1])
     update = jax.jit(hyper.update)
     for t in range(3):
         jax.effects_barrier()
@@ -258,7 +259,34 @@ def test_hoags_own_tolerance_falls_with_the_square_of_the_update():
         jax.effects_barrier()
         assert asked
         np.testing.assert_allclose(asked, 0.1 / (t + 1) ** 2, rtol=1e-12)
-        assert float(info.inner_residual) <= 0.1 / (t + 1) ** 2
+        assert float(info.inner_residual) <= 0.1 / (t + 1) ** 2 * steepest * float(jnp.linalg.norm(info.x))
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_hoags_own_tolerance_has_no_unit(kind):
+    """x(theta) = theta: in units from 1e-12 to 1e12 the same inner steps, the same walk, down to a solution of zero."""
+    rates = jnp.linspace(0.2, 1.0, 4).astype(kind)
+
+    def walk(unit):
+        goal = unit * jnp.array([1.0, 0.5, -0.5, 0.0], kind)
+        inner = odl.gradient_descent(lambda x, theta: 0.5 * jnp.sum(rates * (x - theta) ** 2), 1.0)
+        hyper = hoag(inner, lambda x, theta: 0.5 * jnp.sum(((x - goal) / unit) ** 2))
+
+        def body(carry, _):
+            theta, state = carry
+            gradient, state, info = hyper.update(theta, state)
+            return (theta - 0.3 * unit**2 * gradient, state), (theta / unit, info.num_steps, info.status)
+
+        start = unit * jnp.array([0.0, 0.0, 0.0, 1.0], kind)
+        return jax.lax.scan(body, (start, hyper.init(start, jnp.zeros_like(start))), length=60)[1]
+
+    thetas, steps, statuses = jax.jit(jax.vmap(walk))(jnp.array([1e-12, 1.0, 1e12], kind))
+    assert int(statuses.max()) <= odl.Status.CONVERGED
+    loose = 1e-9 if kind == "float64" else 1e-4
+    for i in (0, 2):
+        np.testing.assert_allclose(thetas[i], thetas[1], atol=loose)
+        assert abs(int(steps[i].sum()) - int(steps[1].sum())) <= (0 if kind == "float64" else 10)
+    np.testing.assert_allclose(thetas[1][-1], [1.0, 0.5, -0.5, 0.0], atol=1e-3)
 
 
 def test_the_adjoint_starts_from_the_last_one_and_the_inner_solve_keeps_its_budget():

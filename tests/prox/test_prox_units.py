@@ -96,8 +96,22 @@ def test_sliding_windows_against_many_sweeps():
             )
         )
         there = ~np.isnan(narrow).any(1)  # a row may be given up, but not be wrong
-        assert there.mean() > 0.8
-        np.testing.assert_allclose(narrow[there] / unit, y[there], atol=1e-3)
+        assert there.mean() > 0.9
+        np.testing.assert_allclose(narrow[there] / unit, y[there], atol=1e-5)
+
+
+def test_short_windows_that_overlap_those_that_are_zero():
+    """Where almost all is zero the way to the answer is long in float32: right to 1e-5, or NaN, and seldom that."""
+    windows = [list(range(i, i + 4)) for i in range(0, 17, 2)]
+    v, lam = draw(3, 100, 20), 10 ** (0.6 * draw(4, 100))
+    operator = jax.jit(jax.vmap(lambda v, lam: prox.overlapping_group_lasso(v, (lam, windows))))
+    right = np.asarray(operator(v, lam))
+    assert np.isfinite(right).all()
+    assert np.mean(np.all(right[:, 4:8] == 0, axis=1)) > 0.2
+    narrow = np.asarray(operator(v.astype("float32"), lam.astype("float32")))
+    there = ~np.isnan(narrow).any(1)
+    assert there.mean() > 0.95
+    np.testing.assert_allclose(narrow[there], right[there], atol=1e-5)
 
 
 def test_a_group_that_only_just_is_zero():

@@ -217,10 +217,10 @@ def _solve(v: Array, t: Array, inside: Array) -> tuple[Array, Array, Array]:
             return jnp.where(norm([subgradient(ahead)]) < norm([slope]), ahead, x)
 
         x = jax.lax.fori_loop(0, 3, newton, jnp.where(free, point.x, 0))
-        slope, shared = subgradient(x), jnp.where(inside & gone[:, None], 1, 0)
+        slope, shared = subgradient(x), (inside & gone[:, None]).astype(v.dtype)
         # The groups that are 0 have room to take up what is left in their entries; x belongs to thresholds that are
         # greater by what does not fit.
-        w = point.w - shared * jnp.where(free, 0, slope / jnp.maximum(jnp.sum(shared, axis=0), 1))
+        w = point.w - shared * jnp.where(free, 0, slope / jnp.maximum(jnp.sum(shared, axis=0), 1))[None]
         excess = jnp.where(gone, jnp.maximum(norm([w], axis=1)[:, 0] - t, 0), 0)
         return x, free, norm([jnp.where(free, slope, 0), excess])
 
