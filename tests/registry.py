@@ -128,6 +128,7 @@ SOLVERS = {
 EXCLUDED = {
     ("anderson", "truncated"): "at the solution Anderson's weights are ratios of rounding errors",
     ("anderson type_1", "truncated"): "as those of type II",
+    ("from_optimistix", "truncated"): "its own stop test has come before the last steps, which leave it where it is",
     ("best_so_far", "truncated"): "the best came before the last steps, which leave it where it is",
     **{
         ("polyak", name): "the derivative of a step length that is a ratio of vanishing numbers need not settle"

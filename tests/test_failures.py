@@ -338,3 +338,16 @@ def test_a_theta_that_does_not_enter_an_estimator_is_refused():
         with_data.init(theta, x0, jnp.ones(3), jnp.ones(3))
     with pytest.raises(TypeError, match="whether training is to keep its default is ambiguous"):
         h.hodl(Layer(), outer, num_steps=3)
+
+
+def test_a_loss_without_its_data_is_told():
+    h, outer = odl.hypergradients, lambda x, theta, target: jnp.sum((x - target) ** 2)
+    inner = lambda x, theta: jnp.sum((x - theta) ** 2)
+    theta, x0 = jnp.ones(2), jnp.zeros(2)
+    words = r"{}: the outer loss takes \(x, theta, target\), and was called with \(x, theta\)\. What it needs beyond"
+    for hyper in (
+        h.through(odl.for_steps(CALM, 3), outer), h.hodl(CALM, outer, num_steps=3), h.soba(inner, outer, step_size=0.1),
+        h.pessimistic(odl.for_steps(CALM, 3), outer), h.warm_started(odl.implicit(odl.for_steps(CALM, 30)), outer),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=words.format(hyper.name.split("(")[0])):
+            hyper.update(theta, hyper.init(theta, x0))

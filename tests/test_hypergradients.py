@@ -412,7 +412,7 @@ def test_a_metric_that_is_none_is_shown():
     matrix = jnp.asarray([[1.0, 0.2], [0.2, -0.1]])
     operator = odl.Operator(lambda x, theta: 0.5 * x, metric=lambda v, theta: matrix @ v)
     hyper = odl.hypergradients.hodl(operator, lambda x, theta: jnp.sum((x - theta) ** 2), num_steps=3)
-    _, _, info = hyper.update(jnp.asarray(1.0), hyper.init(jnp.asarray(1.0), jnp.zeros(2)))
+    _, _, info = hyper.update(jnp.asarray(1.0), hyper.init(jnp.asarray(1.0), jnp.zeros(2), allow_unused=True))
     assert odl.Status(int(info.status)) is odl.Status.NON_FINITE
     assert np.isnan(odl.diagnostics.expansion(operator, jnp.ones(2), 1.0).factor)
 

@@ -640,6 +640,42 @@ def test_optax_steps_that_end_elsewhere_have_no_operator():
         assert odl.from_optax(bowl, tx).operator is not None
 
 
+@jax.custom_vjp
+def reverse_only(x, theta):
+    return bowl(x, theta)
+
+
+reverse_only.defvjp(
+    lambda x, theta: (bowl(x, theta), (x, theta)),
+    lambda kept, c: jax.tree.map(lambda leaf: c * leaf, jax.grad(bowl, argnums=(0, 1))(*kept)),
+)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda f: odl.line_search(odl.gradient_descent(f, 0.1), f),
+        lambda f: odl.line_search(odl.gradient_descent(f, 0.1), f, "hager_zhang"),
+        lambda f: odl.backtracking(f, step_size=1.0),
+        lambda f: odl.anderson(odl.gradient_descent(f, 0.05)),
+        odl.newton,
+    ],
+)
+def test_an_objective_with_reverse_mode_alone(build):
+    """The same walk as on the plain objective, and the same implicit derivative by products with the transpose."""
+    theta = jnp.array([1.0, 2.0, -1.0])
+
+    def both(f):
+        solver = odl.implicit(odl.until_converged(build(f), tol=1e-9, max_steps=500))
+        return solver(jnp.zeros(3), theta), jax.grad(lambda theta: jnp.sum(solver(jnp.zeros(3), theta).x ** 2))(theta)
+
+    (came, gradient), (right, wanted) = both(reverse_only), both(bowl)
+    assert int(came.status) == Status.CONVERGED
+    assert int(came.num_steps) == int(right.num_steps)
+    np.testing.assert_allclose(came.x, right.x, atol=1e-10)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-8)
+
+
 def test_optax_line_searches_are_reached_through_optax():
     tx = optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(max_linesearch_steps=20))
     for rule in (odl.forward, odl.unrolled):

@@ -136,11 +136,8 @@ def box_qp_theirs(theta):
 
 
 def box_qp_ours(theta):
-    """1/2 x'Px + q'x as coordinate descent sees it: P = L L', A = L'."""
-    factor = jnp.linalg.cholesky(PROGRAM_P)
-    loss = lambda z, theta: 0.5 * jnp.sum((z - jnp.linalg.solve(factor, theta * B[:N])) ** 2)
-    box = lambda v, theta, step_size: prox.box(v, (0.0, 1.0))
-    return solution(odl.fixed_point(operators.coordinate_descent(loss, factor.T, box)), jnp.zeros(N))(theta)
+    sweep = operators.box_quadratic_program(PROGRAM_P, lambda theta: -theta * B[:N], jnp.zeros(N), jnp.ones(N))
+    return solution(odl.fixed_point(sweep), jnp.zeros(N))(theta)
 
 
 def block_theirs(theta):

@@ -161,6 +161,21 @@ def first_step(iteration: Iteration) -> Callable[..., Any]:
     return lambda x, theta, *data: iteration.step(x, iteration.init(x, theta), theta, jnp.zeros((), int))
 
 
+def loss_at(who: str, name: str, loss: Callable[..., Any], x: Any, theta: Any, *data: Any) -> Array:
+    """The loss, checked to be a scalar and to take as many data as there are."""
+    try:
+        inspect.signature(loss).bind(x, theta, *data)
+    except TypeError:
+        came = ", ".join(["x", "theta", *("data" for _ in data)])
+        raise TypeError(
+            f"{who}: the {name} loss takes {inspect.signature(loss)}, and was called with ({came}). What it needs "
+            f"beyond x and theta are the arguments of update(theta, state, *data), and of init(theta, x0, *data)."
+        ) from None
+    except ValueError:  # no signature to be had: trust it
+        pass
+    return scalar(who, f"the {name} loss", loss(x, theta, *data))
+
+
 # ---- what the estimators of two losses share ------------------------------------------------------------------------
 
 
@@ -176,10 +191,10 @@ def losses(who: str, inner: Any, outer: Any) -> tuple[Callable[..., Array], Call
         is_callable(who, name, loss)
 
     def inner_loss(x: Any, theta: Any, *data: Any) -> Array:
-        return scalar(who, "the inner loss", inner(x, theta, *data))
+        return loss_at(who, "inner", inner, x, theta, *data)
 
     def outer_loss(x: Any, theta: Any, *data: Any) -> Array:
-        return scalar(who, "the outer loss", outer(x, theta, *data))
+        return loss_at(who, "outer", outer, x, theta, *data)
 
     return inner_loss, outer_loss
 
@@ -194,8 +209,13 @@ def pair(who: str, data: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, .
     return (data[:1], data[1:])
 
 
-def slope_of(who: str, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """The slope of the inner loss as what theta must enter; theta itself where its data are not there."""
+def slope_of(who: str, inner: Callable[..., Any], *others: Any) -> Callable[..., Any] | None:
+    """The slope of the inner loss as what theta must enter; theta itself where its data are not there.
+
+    None where one of ``others`` is there, through which theta may enter as well: a prox, a projection, constraints.
+    """
+    if any(other is not None for other in others):
+        return None
 
     def slope(x: Any, theta: Any, *data: Any) -> Any:
         given = pair(who, data)[0]

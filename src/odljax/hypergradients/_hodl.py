@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _tree
-from .._checks import coefficient, count, differentiable, is_callable, scalar
+from .._checks import coefficient, count, differentiable, is_callable
 from .._types import Coefficient, State, Step, Theta, X
 from ..derivatives import unrolled
 from ..iterations import Iteration, aggregate, krasnoselskii_mann, project
@@ -19,7 +19,17 @@ from ..operators import Operator
 from ..operators._operator import inverse_metric
 from ..solvers import History, for_steps
 from ..solvers._solver import residual_at
-from ._estimator import Hypergradient, Info, WalkState, advance_outer, first_step, keep_finite, start_outer, told
+from ._estimator import (
+    Hypergradient,
+    Info,
+    WalkState,
+    advance_outer,
+    first_step,
+    keep_finite,
+    loss_at,
+    start_outer,
+    told,
+)
 from ._start import first_start, started
 
 
@@ -138,7 +148,7 @@ def hodl(
 
     def compose(theta: Theta, x0: X, data: tuple[Any, ...]) -> Any:
         def loss(x: X, theta: Theta) -> Any:
-            return scalar(who, "the outer loss", outer(x, theta, *data))
+            return loss_at(who, "outer", outer, x, theta, *data)
 
         s = step_size
         if s is None and blind:
@@ -175,7 +185,7 @@ def hodl(
         x = keep_finite(solution.x, state.x) if warm_start else state.x
         return gradient, WalkState(x, walk), info
 
-    return Hypergradient(init, update, f"hodl({base.name})", None if start else first_step(base))
+    return Hypergradient(init, update, f"hodl({base.name})", None if start or projection else first_step(base))
 
 
 def _watched(operator: Operator[X, Theta], num_steps: int) -> Iteration[X, Theta]:

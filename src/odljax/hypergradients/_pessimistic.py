@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from .. import _tree
-from .._checks import differentiable, is_a, is_callable, scalar
+from .._checks import differentiable, is_a, is_callable
 from .._types import State, Step, Theta, X
 from ..iterations import Iteration
 from ..operators import Operator
 from ..operators._operator import displacement
 from ..solvers import Solver, for_steps
 from ..solvers._solver import checked_step, residual_at, start_state
-from ._estimator import Hypergradient, Info, WalkState, advance_outer, first_step, start_outer, told
+from ._estimator import Hypergradient, Info, WalkState, advance_outer, first_step, loss_at, start_outer, told
 from ._start import check_start, first_start, started
 
 
@@ -113,7 +113,7 @@ def pessimistic(
         differentiable(who, theta)
 
         def loss(x: Any, theta: Any) -> Any:
-            return scalar(who, "the outer loss", outer(x, theta, *data))
+            return loss_at(who, "outer", outer, x, theta, *data)
 
         walk = for_steps(_watching(solver.iteration, loss), solver.num_steps, history=solver.history, record=recorded)
         if solver.differentiate is not None:

@@ -152,7 +152,7 @@ def reversible(
         status = jnp.where(diverged, jnp.full_like(info.status, Status.DIVERGED), info.status)
         return gradient, WalkState(state.x, walk), info._replace(status=status)
 
-    return Hypergradient(init, update, who, None if start else slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, start))
 
 
 def _fraction(who: str, momentum: Any) -> Fraction:

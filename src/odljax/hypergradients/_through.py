@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from .. import _tree
-from .._checks import differentiable, is_a, is_callable, scalar
+from .._checks import differentiable, is_a, is_callable
 from .._types import State, Status, Theta, X
 from ..derivatives._implicit import negligible, pull_back, reach
 from ..linear import identity
 from ..operators import Operator
 from ..solvers import Solution, Solver
 from ._error import estimate_error
-from ._estimator import Hypergradient, Info, Outer, advance_outer, first_step, keep_finite, start_outer, told
+from ._estimator import Hypergradient, Info, Outer, advance_outer, first_step, keep_finite, loss_at, start_outer, told
 from ._start import check_start, first_start, started
 
 OuterLoss = Callable[..., Any]
@@ -209,7 +209,7 @@ def advance(
     solver = solver.quiet or solver  # the info says what failed
 
     def loss(x: Any, theta: Any) -> Any:
-        return scalar(who, "the outer loss", outer(x, theta, *data))
+        return loss_at(who, "outer", outer, x, theta, *data)
 
     def direct(theta: Any) -> tuple[Any, Solution]:
         solution = solver(started(who, start, theta, state.x), theta)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import _tree
-from .._checks import coefficient, count, is_callable, number, same_as, scalar
+from .._checks import coefficient, count, is_callable, number, same_as
 from .._types import Coefficient, Scalar, State, Step, Theta, X
 from ..operators import Operator, forward_backward, gradient
 from ..operators._gradient import Objective, Prox, value_and_gradient
@@ -63,8 +63,8 @@ def line_search(
         ValueError: an unknown rule, a number out of its range.
         TypeError: objective is no function; at trace time, it is no real scalar.
 
-    Cost: that of the iteration, one gradient, and a value with its slope (one Jacobian product of f) a trial; one trial
-    where the first length is right. No state.
+    Cost: that of the iteration, one gradient, and a value with its gradient a trial; one trial where the first length
+    is right. No state.
 
     Source: Armijo (1966); Hager and Zhang (2005), section 4, with their interval updates, but one secant or bisection
     a trial in the place of their double secant.
@@ -117,10 +117,13 @@ def _constant(search: Callable[[Any], Array], line: Callable[[Array], Any], exam
 def value_and_slope(
     who: str, objective: Objective, x: Any, theta: Any, direction: Any, unit: Array
 ) -> tuple[Array, Array]:
-    """The objective and its slope along ``direction / unit``, of the size of a gradient: nothing is squared."""
-    value = lambda x: scalar(who, "the objective", objective(x, theta))  # noqa: E731
+    """The objective and its slope along ``direction / unit``, of the size of a gradient: nothing is squared.
+
+    By the gradient, not by a tangent: an objective may have reverse mode alone (a rule by hand, a checkpointed loop).
+    """
+    value, gradient = value_and_gradient(who, objective, x, theta)
     along = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), _tree.unscaled(direction, unit), x)
-    return jax.jvp(value, (x,), (along,))
+    return value, _tree.vdot(gradient, along).astype(value.dtype)
 
 
 def _close(a: Array, b: Array) -> Array:
@@ -241,7 +244,7 @@ def backtracking(
         ValueError: a number out of its range.
         TypeError: at trace time, an objective that is not a real scalar, a prox that changes structure, shape or dtype.
 
-    Cost: one gradient a step, and for each trial a prox and a value with its slope (one Jacobian product of f).
+    Cost: one gradient a step, and for each trial a prox and a value with its gradient.
 
     Source: Beck and Teboulle (2009), section 4 (the step size only shrinks); growing: Scheinberg, Goldfarb and Bai
     (2014); the test by gradients: Becker, Candes and Grant (2011).

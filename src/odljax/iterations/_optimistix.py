@@ -30,7 +30,8 @@ def from_optimistix(
     The operator, and so residual and implicit derivative, follow the problem: the unit gradient step for "minimise" and
     (on half the square) "least_squares", :math:`x - r(x)` for "root_find", the function itself for "fixed_point".
     Through the steps there is forward mode, and reverse mode where the solver has no inner loop; methods that only
-    compare values, such as bisection and Nelder-Mead, have a derivative of zero there: use ``implicit``. Complex
+    compare values, such as bisection and Nelder-Mead, have a derivative of zero there, and so has what is frozen, which
+    ``truncated`` and ``phantom`` over ``for_steps`` look at: use ``implicit``. Complex
     unknowns, residuals and maps are given to the solver as pairs of real ones.
 
     Bisection: say which end is negative, ``flip=False`` for ``f(lower) < 0 < f(upper)``, ``flip=True`` for the reverse.

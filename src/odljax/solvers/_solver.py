@@ -26,7 +26,6 @@ from .._checks import (
     record,
     same_as,
 )
-from .._moving import moving
 from .._types import STATUS_MESSAGES, Scalar, State, Status, Step, Theta, X
 from ..iterations import Iteration
 from ..iterations._iteration import MeasuredStep
@@ -234,7 +233,7 @@ def until_converged(
 
     Raises:
         TypeError: iteration is none, or has no operator; a step that changes structure, shape or dtype; reverse mode.
-        ValueError: a step budget below 1, a negative tolerance, both tolerances zero.
+        ValueError: a step budget below 1, a negative tolerance (a traced one is NON_FINITE), both tolerances zero.
 
     Cost: the steps, the residual (free where the step says it: Picard, gradient and proximal gradient steps, relaxed
     or not; elsewhere the compiler shares it where the step applies the same operator at the same point) and one
@@ -253,8 +252,8 @@ def until_converged(
             f"until_converged: the residual of an operator is tested, and {iteration.name} has no operator. "
             f"Use for_steps."
         )
-    number("until_converged", "tol", tol, closed=True)
-    number("until_converged", "relative_tol", relative_tol, closed=True)
+    tol = number("until_converged", "tol", tol, closed=True)
+    relative_tol = number("until_converged", "relative_tol", relative_tol, closed=True)
     if all(isinstance(t, (int, float)) and t == 0 for t in (tol, relative_tol)):
         raise ValueError("until_converged: tol and relative_tol are both 0, which no residual meets. Set one of them.")
     max_steps = count("until_converged", "max_steps", max_steps)
@@ -487,7 +486,7 @@ def stopping(
     The body tests the residual at the current iterate and steps on only while running: what is done stays where it is.
     Test and step see the same iterate, so the operator is evaluated once: the step says its residual, or the compiler
     finds the two to be one. Where the steps are ``differentiated``, at least one is taken, for a start has no
-    derivative of its own; and a step that is not taken is cut off: its derivative need not be finite at a solution.
+    derivative of its own; and one that is not taken is cut off: at a solution its derivative need not be finite.
     """
     operator = iteration.operator
     assert operator is not None
@@ -512,7 +511,7 @@ def stopping(
         slopes=slopes,
     )
     cut = differentiated and not coupling(jaxpr.effects)  # others may still look at an element that is done
-    absolute, relative = tolerance
+    absolute, relative = (jnp.asarray(part).astype(unknown.dtype) for part in tolerance)
 
     def body(carry: Progress) -> tuple[Progress, History | None]:
         x, state, k = carry.x, carry.state, carry.k
@@ -529,8 +528,7 @@ def stopping(
         size, measure = _tree.norm(here), measured.largest
         within = jnp.asarray(True)
         for part, extent in zip(measured.sizes, measured.scales, strict=True):
-            limit = jnp.asarray(absolute).astype(size.dtype) + jnp.asarray(relative).astype(size.dtype) * extent
-            within = within & (part <= limit)
+            within = within & (part <= absolute + relative * extent)
         # The first size that is not zero: each part grows in its own unit.
         first = tuple(
             jnp.where(known > 0, known, part) for known, part in zip(carry.first, measured.sizes, strict=True)
@@ -548,7 +546,7 @@ def stopping(
             jnp.logical_or, [part > growth * begun for part, begun in zip(measured.sizes, first, strict=True)]
         )
         tests = [
-            (~(jnp.isfinite(measure) & jnp.isfinite(size)), _code(Status.NON_FINITE)),
+            (~(jnp.isfinite(measure) & jnp.isfinite(size)) | jnp.isnan(absolute + relative), _code(Status.NON_FINITE)),
             (within & (k >= int(differentiated)), _code(Status.CONVERGED)),
             (grown & (measured.relative > _STILL), _code(Status.DIVERGED)),
             (still & (k - best_at >= jnp.maximum(_PATIENCE, best_at)), _code(Status.STALLED)),
@@ -564,9 +562,11 @@ def stopping(
         # What is not finite is let through by one more step, so that x shows it and no derivative hides it.
         advances = running | (open_still & (status == int(Status.NON_FINITE)))
         if ahead is None:
-            at = (x, state, theta)
-            before = [_cut_off(tree, advances) for tree in at] if cut else at
-            ahead = checked_step(iteration, before[0], before[1], before[2], index)
+            before = x, state
+            if cut:
+                # Zero times an infinite slope is NaN: what is done repeats the first step, which has a derivative.
+                before, index = _tree.where(advances, (before, index), ((start.x, start.state), jnp.zeros_like(index)))
+            ahead = checked_step(iteration, *before, theta, index)
         new_x, new_state = ahead
         moved = _tree.norm(_tree.subtract(*jax.lax.stop_gradient((new_x, x))))
         new = Progress(
@@ -605,23 +605,6 @@ def stopping_loop(
 
     carry, rows = jax.lax.while_loop(lambda loop: loop[0].status == _RUNNING, step, (carry, rows))
     return stopping_finish(carry, rows)
-
-
-def _cut_off(tree: Any, running: Array) -> Any:
-    """The same values, without a derivative where nothing moves: zero times an infinite slope would be NaN.
-
-    Not by a choice between the values and a constant, which reverse mode would store beside them.
-    """
-
-    def cut(leaf: Any) -> Any:
-        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-        return moving(leaf, (leaf, running), _where_running) if floating else leaf
-
-    return jax.tree.map(cut, tree)
-
-
-def _where_running(leaf: Array, operands: tuple[Array, Array], tangents: tuple[Array, Any]) -> Array:
-    return jnp.where(operands[1], tangents[0], jnp.zeros_like(leaf))
 
 
 def stopping_finish(carry: Progress, rows: History | None) -> Solution:
