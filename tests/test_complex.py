@@ -180,6 +180,16 @@ def test_a_slow_rotation_is_a_system_of_two_unknowns(linear_solver):
     np.testing.assert_allclose(slope, (1 / (1 - turn)).imag, rtol=1e-9)
 
 
+def test_least_squares_of_complex_residuals():
+    """A linear residual is solved by one step of Gauss-Newton, and by Levenberg-Marquardt."""
+    want = np.linalg.lstsq(np.asarray(A), np.asarray(B), rcond=None)[0]
+    for walk, steps in (
+        (odl.gauss_newton(lambda x, theta: A @ x - B), 1),
+        (odl.levenberg_marquardt(lambda x, theta: A @ x - B), 30),
+    ):
+        np.testing.assert_allclose(odl.for_steps(walk, steps)(X0, None).x, want, rtol=0, atol=1e-6)
+
+
 def test_the_expansion_of_a_complex_operator():
     probe = odl.diagnostics.expansion(odl.operators.gradient(objective, STEP), X0, THETA, num_steps=400)
     sizes = np.linalg.eigvalsh(np.asarray(A.conj().T @ A)) + np.exp(0.3)

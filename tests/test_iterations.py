@@ -94,6 +94,16 @@ def test_nesterov_around_krasnoselskii_mann_is_the_inertial_iteration():
     agree(iterates, expected[1:])
 
 
+def test_nesterovs_own_momentum_is_that_of_fista():
+    theta = np.array([1.0, 2.0, -1.0])
+    iterates, _ = path(odl.nesterov(odl.gradient_descent(bowl, 0.05)), 8, np.zeros(3), theta)
+    expected = [np.zeros(3), np.zeros(3)]
+    for k in range(8):
+        v = expected[-1] + k / (k + 3) * (expected[-1] - expected[-2])
+        expected.append(v - 0.05 * bowl_gradient(v, theta))
+    agree(iterates, expected[1:])
+
+
 def test_restarted_momentum_is_its_formula_and_finds_the_strong_convexity():
     problem = odl.problems.quadratic(condition=1000.0)
     descent = odl.gradient_descent(problem.objective, step_size=1.0)
@@ -308,6 +318,12 @@ def test_broyden_solves_linear_equations_in_twice_their_number():
     assert np.linalg.norm(iterates[9] - FIXED) > 1e-6
     agree(iterates[11], FIXED, 1e-9)
     assert float(solution.residual) < 1e-9
+
+
+def test_squarem_never_steps_shorter_than_the_map():
+    """On x -> -x/2 the ratio of the two differences is 2/3: held at 1, a step is three applications of the map."""
+    iterates, _ = path(odl.squarem(odl.fixed_point(lambda x, theta: -0.5 * x)), 2, [1.0, 2.0], 0.0)
+    agree(iterates[1], [-0.125, -0.25])
 
 
 def test_squarem_is_its_formula_and_its_residual_does_not_grow():
@@ -531,10 +547,10 @@ def test_levenberg_marquardt_is_its_formula():
     iterates, _ = path(walk, 60, [-1.2, 1.0], 1.0)
     factor, rejected = 1.0, 0
 
-    def step(x, k):
+    def step(x, k, damping=0.01):
         nonlocal factor, rejected
         J = np.array([[-20 * x[0], 10], [-1, 0]])
-        d = -np.linalg.solve(J.T @ J + 0.01 * factor * np.eye(2), J.T @ r(x))
+        d = -np.linalg.solve(J.T @ J + damping * factor * np.eye(2), J.T @ r(x))
         gain = (r(x) @ r(x) - r(x + d) @ r(x + d)) / (r(x) @ r(x) - (r(x) + J @ d) @ (r(x) + J @ d))
         factor *= 1 / 3 if gain > 0.75 else 1.0 if gain >= 0.25 else 2.0
         rejected += gain <= 1e-4
@@ -544,6 +560,12 @@ def test_levenberg_marquardt_is_its_formula():
     agree(iterates[:13], expected, 1e-9)
     assert rejected > 0
     agree(iterates[-1], [1.0, 1.0], 1e-12)
+    # A damping that matters: steps too good are followed by longer ones.
+    iterates, solution = path(odl.levenberg_marquardt(ours, odl.linear.dense(), damping=30.0), 6, [-1.2, 1.0], 1.0)
+    factor, damped = 1.0, lambda x, k: step(x, k, 30.0)
+    agree(iterates, walked(damped, np.array([-1.2, 1.0]), 6), 1e-9)
+    assert float(solution.state.factor) == pytest.approx(factor, rel=1e-6)
+    assert factor < 0.2
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -441,6 +441,7 @@ def test_equilibration_of_a_badly_scaled_program():
     want = solve(PROGRAM)
     np.testing.assert_allclose(np.asarray(u.x) * stretch, want.x.x, rtol=0, atol=1e-8)
     np.testing.assert_allclose(np.asarray(u.y) * height, want.x.y, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(np.asarray(u.z) / height, want.x.z, rtol=0, atol=1e-7)
     # The scaling carries no derivative, and none is missing.
     want = derivatives_by_polish(lambda u: jnp.sum(u.x))
     np.testing.assert_allclose(gradient.q * stretch, want.q, rtol=0, atol=1e-7)
@@ -532,6 +533,24 @@ def test_far_away_is_not_nowhere():
                 if scaling:
                     odl.check(solution)
                     np.testing.assert_allclose(solution.x.x, [x], rtol=1e-4)
+
+
+def test_how_far_is_nowhere():
+    """x_1 >= 1 / d twice over: a proof to 1e-1 or 1e-3 takes it for infeasible, one to 1e-6 does not."""
+    d = 3e-4
+    program = QuadraticProgram(np.eye(2), np.zeros(2), np.array([[d, 1.0], [d, -1.0]]), np.ones(2), np.full(2, INF))
+
+    def status(dtype, **options):
+        walk = odl.quadratic_program(program, **options)
+        solver = odl.until_converged(walk, tol=1e-3, max_steps=200)
+        return odl.Status(int(solver(QPVariables.zeros(2, 2, dtype), None).status))
+
+    nowhere = odl.Status.PRIMAL_INFEASIBLE
+    assert status(jnp.float32) is nowhere
+    assert status(jnp.float64, infeasibility_tol=1e-1) is nowhere
+    assert status(jnp.float64, infeasibility_tol=1e-3) is nowhere
+    assert status(jnp.float64) is not nowhere
+    assert status(jnp.float32, infeasibility_tol=1e-6) is not nowhere
 
 
 def test_the_polish_of_an_exact_solution_keeps_its_derivative_and_a_rejected_one_shows():

@@ -139,6 +139,16 @@ def test_stalled_in_float32():
     assert status(run(odl.until_converged(descent, tol=1e-12), double.x0, double.theta)) is Status.CONVERGED
 
 
+def test_ever_smaller_by_a_hair_is_a_stall():
+    """Rounding of the large number hides the small one, whose residual falls by a hundredth in just over 100 steps."""
+    rates = jnp.array([0.0, 8e-5])
+    creep = odl.fixed_point(lambda x, theta: x - rates * x)
+    start = jnp.array([1e10, 1.0])
+    solution = run(odl.until_converged(creep, tol=1e-9, max_steps=3000), start, None)
+    assert status(solution) is Status.STALLED
+    assert int(solution.num_steps) < 500
+
+
 def test_a_plateau_above_rounding_is_not_a_stall():
     """Momentum lets the residual rise for long; the walk goes on."""
     walk = odl.heavy_ball(DESCENT, momentum=0.97)
