@@ -20,6 +20,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", None)  # with it the alarms of failed solves are silent
 # What the tests say of bytes and operations is said of optimised code: see below.
 jax.config.update("jax_disable_most_optimizations", True)
 

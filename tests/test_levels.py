@@ -179,6 +179,21 @@ def test_the_top_level_descends_to_the_minimiser():
     np.testing.assert_allclose(gradient, 0.0, atol=1e-9)
 
 
+def test_a_level_remembers_its_worst_update():
+    """The first solve from afar runs out of steps; the later ones, warm, converge."""
+    below = odl.gradient_descent(lambda x, y: 0.5 * (x - y) ** 2, step_size=0.5)
+    solver = odl.implicit(odl.until_converged(below, tol=1e-3, max_steps=12))
+    middle = h.descend(lambda theta: h.warm_started(solver, lambda x, y: (x - theta) ** 2), optax.sgd(0.01))
+    step = jax.jit(lambda level, state, k: middle.step(level, state, 1.0, k))
+    level, codes = h.Level(jnp.asarray(1.0), jnp.asarray(1e4)), []
+    state = middle.init(level, 1.0)
+    for k in range(4):
+        level, state = step(level, state, k)
+        codes.append(odl.Status(int(state.status)))
+    assert float(abs(level.x - level.theta)) < 0.01  # the last updates were good
+    assert codes[0] is codes[-1] is odl.Status.STEP_BUDGET_SPENT
+
+
 def counting(steps_of_x):
     """A middle level whose inner walk counts its steps in a leaf of its own."""
 

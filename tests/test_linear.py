@@ -927,3 +927,23 @@ def test_reverse_over_forward_mode_where_theta_moves_one_leaf(derivative):
     value = lambda theta: jnp.sin(solver({"a": 0.0, "b": 0.0}, theta).x["a"])
     forward_over_reverse = jax.jacfwd(jax.grad(value))(0.7)
     np.testing.assert_allclose(jax.jit(jax.grad(jax.jacfwd(value)))(0.7), forward_over_reverse, rtol=1e-9)
+
+
+def test_bicgstab_ends_within_the_number_of_unknowns():
+    """Two products a step; in exact arithmetic the residual is zero after n steps, whatever the matrix."""
+    rng = np.random.default_rng(4)
+    for n in (4, 8, 12):
+        A = jnp.asarray(np.eye(n) + 0.4 * rng.standard_normal((n, n)))
+        _, info = odl.linear.bicgstab(tol=1e-9)(lambda v, A=A: A @ v, jnp.asarray(rng.standard_normal(n)))
+        assert int(info.status) == odl.Status.CONVERGED
+        assert int(info.num_steps) <= 2 * n + 8
+
+
+def test_the_residual_is_relative_to_the_right_side():
+    rng = np.random.default_rng(5)
+    A, b = np.eye(9) + 0.3 * rng.standard_normal((9, 9)), 30.0 * rng.standard_normal(9)
+    for solver in (odl.linear.bicgstab(max_steps=2), odl.linear.gmres(restart=2, max_steps=2), odl.linear.neumann(2)):
+        v, info = solver(lambda v: A @ v, jnp.asarray(b))
+        want = np.linalg.norm(b - A @ np.asarray(v)) / np.linalg.norm(b)
+        assert want > 1e-3
+        np.testing.assert_allclose(info.residual, want, rtol=1e-12)

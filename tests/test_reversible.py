@@ -183,6 +183,20 @@ def test_a_walk_that_is_not_undone_is_noticed():
         assert bool(same) is exact
 
 
+def test_a_gradient_of_a_walk_that_is_not_undone_is_none(monkeypatch):
+    from odljax.hypergradients import _reversible
+
+    sweeps = _reversible.there_and_back
+    for exact in (True, False):
+        monkeypatch.setattr(
+            _reversible, "there_and_back", lambda *inputs, e=exact: (sweeps(*inputs)[0], jnp.asarray(e))
+        )
+        hyper = reversible(lambda x, t: (x - t) ** 2, lambda x, t: x, step_size=0.2, momentum=0.5, num_steps=3)
+        gradient, _, info = hyper.update(1.0, hyper.init(1.0, 0.0))
+        assert bool(jnp.isfinite(gradient)) is exact
+        assert odl.Status(int(info.status)) is (odl.Status.COMPLETED if exact else odl.Status.NON_FINITE)
+
+
 def test_refusals():
     make = lambda **options: reversible(
         lambda x, t: x**2, lambda x, t: x, **({"step_size": 0.1, "num_steps": 2} | options)

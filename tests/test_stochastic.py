@@ -653,6 +653,17 @@ def test_reverse_mode_through_updates(name):
     np.testing.assert_allclose(gradient, difference, rtol=1e-7, atol=1e-8)
 
 
+def test_f2sas_own_step_falls_as_its_penalty_grows():
+    """One step on F + lambda f by a / lambda, with lambda 1.5, then 2.0."""
+    hyper = h.f2sa(inner, outer, step_size=A, penalty=1.5, penalty_increment=0.5, num_steps=1)
+    theta, state = jnp.asarray(THETA), hyper.init(jnp.asarray(THETA), jnp.asarray(X0), *DATA)
+    y = jnp.asarray(X0)
+    for penalty in (1.5, 2.0):
+        y -= A / penalty * jax.grad(lambda y, c=penalty: outer(y, theta, DATA[1]) + c * inner(y, theta, DATA[0]))(y)
+        _, state, _ = hyper.update(theta, state, *DATA)
+        np.testing.assert_allclose(state.penalised, y, rtol=0, atol=1e-12)
+
+
 def test_messages():
     with pytest.raises(ValueError, match="5 does not divide 12"):
         h.saba(inner, outer, step_size=0.1, batch_size=5).init(jnp.asarray(THETA), jnp.asarray(X0), *DATA)
@@ -670,6 +681,7 @@ def test_messages():
         ("bsa", "num_terms"),
         ("ttsa", "num_terms"),
         ("mrbo", "num_adjoint_steps"),
+        ("sustain", "num_terms"),
         ("f2sa", "num_steps"),
         ("pzobo", "num_directions"),
     ):

@@ -389,6 +389,22 @@ def test_resuming_refuses_other_metrics(tmp_path):
         run(step=lambda s, k, samples: (s, {"loss": 1.0}), checkpoint_directory=tmp_path, resume=True)
 
 
+def test_checkpoints_come_after_every_so_many_steps(tmp_path, monkeypatch):
+    steps, kept = [], training._save
+    monkeypatch.setattr(
+        training, "_save", lambda who, d, tree, step, *rest: steps.append(step) or kept(who, d, tree, step, *rest)
+    )
+    fit(
+        lambda s, k: (0.9 * s, {"loss": s}),
+        1.0,
+        num_steps=8,
+        checkpoint_directory=tmp_path,
+        checkpoint_every=3,
+        progress=None,
+    )
+    assert steps == [3, 6, 8]
+
+
 def test_missing_and_unexpected_checkpoints_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist\. Check the path"):
         run(checkpoint_directory=tmp_path / "nowhere", resume=True)

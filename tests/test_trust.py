@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -313,6 +314,17 @@ def test_the_adjoint_starts_from_the_last_one_and_the_inner_solve_keeps_its_budg
         assert (int(infos.status[0]), int(infos.status[-1])) == (odl.Status.STEP_BUDGET_SPENT, odl.Status.CONVERGED)
     np.testing.assert_allclose(cold.adjoint_residual, float(cold.adjoint_residual[0]), rtol=1e-9)
     assert (int(cut.num_steps[0]), int(cut.status[0])) == (3, odl.Status.STEP_BUDGET_SPENT)
+
+
+def test_compare_takes_the_median_of_its_rounds(monkeypatch):
+    ticks = itertools.cycle([0.0, 7.0, 10.0, 11.0, 20.0, 25.0, 30.0, 32.0])  # 7 s of compilation, then 1, 5 and 2 s
+    monkeypatch.setattr(odl.diagnostics, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
+    solver = odl.unrolled(odl.for_steps(DESCENT, 2))
+    table = odl.diagnostics.compare(
+        {"one": through(solver, RIDGE.outer)}, RIDGE.theta, RIDGE.x0, num_updates=1, rounds=3, reference=RIDGE.theta
+    )
+    assert table.seconds[0] == 2.0
+    assert table.compile_seconds[0] == 7.0
 
 
 def test_compare():

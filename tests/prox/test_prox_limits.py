@@ -34,6 +34,21 @@ def test_total_variation_of_no_weight_is_the_identity(lam, step):
     np.testing.assert_allclose(by_lam, step * np.array([[0, 0, 1], [0, 1, -2]]), atol=1e-14)
 
 
+def test_the_weights_of_slope_come_in_any_order():
+    v = jnp.array([3.0, -1.0, 2.0])
+    right = [3.0 - 1.5, -(1.0 - 0.2), 2.0 - 0.7]  # the greatest weight goes with the greatest number
+    for weights in ([1.5, 0.7, 0.2], [0.2, 1.5, 0.7], [0.7, 0.2, 1.5]):
+        np.testing.assert_allclose(prox.slope(v, jnp.array(weights)), right, atol=1e-12)
+
+
+def test_a_weight_beyond_the_sum_leaves_nothing_of_the_largest_entry():
+    """prox of t max |x| is zero from t = |v|_1 on, and the derivative with it."""
+    v = jnp.array([1.0, -2.0, 0.5])
+    np.testing.assert_allclose(prox.linf(v, 3.3), [0.2 / 3, -0.2 / 3, 0.2 / 3], atol=1e-12)
+    np.testing.assert_array_equal(prox.linf(v, 3.6), 0)
+    np.testing.assert_array_equal(jax.jacobian(prox.linf)(v, 3.6), 0)
+
+
 def test_total_variation_of_one_entry_hands_on_a_nan():
     operator = jax.jit(prox.total_variation_1d)
     assert np.isnan(operator(jnp.array([3.0]), jnp.nan)[0])
