@@ -1,5 +1,6 @@
 """A failed solve is told once, where its derivative is used, and the alarm changes nothing else."""
 
+import functools
 import itertools
 import os
 import re
@@ -283,11 +284,42 @@ def ignoring(x, theta):
     return 0.5 * x + 1.0
 
 
-@pytest.mark.parametrize("rule", ["implicit", "one_step", "unrolled", "forward"])
+def test_other_roads_of_theta_are_seen_and_what_is_not_known_passes():
+    h, ones, x0 = odl.hypergradients, jnp.ones(3), 2 * jnp.ones(3)
+    inner, outer = lambda x, theta: 0.5 * jnp.sum((x - 1.0) ** 2), lambda x, theta: jnp.sum(x**2)
+    rate, theta = (lambda theta: jnp.exp(theta["rate"])), {"rate": jnp.log(jnp.asarray(0.1))}
+    walk = odl.gradient_descent(inner, 0.1)
+    by_rate = [
+        h.reversible(inner, outer, step_size=rate, momentum=0.5, num_steps=5),
+        h.bda(inner, outer, num_steps=5, step_size=rate), h.bda(inner, outer, num_steps=5, step_size=0.1, weight=rate),
+        h.hodl(walk, outer, num_steps=5, weight=rate), h.hodl(walk, outer, num_steps=5, step_size=rate),
+    ]  # fmt: skip
+    for hyper in by_rate:
+        gradient, _, _ = hyper.update(theta, hyper.init(theta, x0))
+        assert abs(float(gradient["rate"])) > 1e-3
+    started = h.bda(inner, outer, num_steps=5, step_size=0.1, start=lambda theta: theta)
+    assert jnp.all(started.update(ones, started.init(ones, x0))[0] != 0)
+    # Where the inner problem has many solutions, the outer loss chooses, and theta may be in it alone.
+    flat, chosen = lambda x, theta: 0.5 * (x[0] + x[1] - 1) ** 2, lambda x, theta: jnp.sum((x - theta) ** 2)
+    h.bda(flat, chosen, num_steps=5, step_size=0.1).init(1.0, jnp.ones(2))
+    h.hodl(odl.gradient_descent(flat, 0.1), chosen, num_steps=5).init(1.0, jnp.ones(2))
+    # Losses that may take data are not called without them.
+    hungry = lambda x, theta, *data: 0.5 * jnp.sum((data[0] @ x) ** 2)
+    for loss in (hungry, lambda x, theta, data=None: 0.5 * jnp.sum((data @ x) ** 2)):
+        h.bda(loss, loss, num_steps=3, step_size=0.1).init(ones, x0)
+    # An axis that is mapped around the updates alone; an init of the user's own.
+    mean = odl.fixed_point(lambda x, theta: 0.5 * jax.lax.pmean(x, "i") + theta)
+    h.through(odl.unrolled(odl.for_steps(mean, 5)), outer).init(ones, x0)
+    own = odl.Hypergradient(lambda theta, start, *, seed=0: (theta, seed), lambda theta, state: (theta, state, None))
+    assert own.init(theta=ones, start=x0, seed=1)[1] == 1
+
+
+@pytest.mark.parametrize("rule", ["implicit", "one_step", "unrolled", "forward", "on_support"])
 def test_a_theta_that_does_not_enter_is_told_by_the_derivative_alone(rule):
-    solver = getattr(odl, rule)(odl.for_steps(odl.fixed_point(ignoring), 30))
-    strict = getattr(odl, rule)(odl.for_steps(odl.fixed_point(ignoring), 30), on_failure="raise")
-    silent = getattr(odl, rule)(odl.for_steps(odl.fixed_point(ignoring), 30), on_failure="ignore")
+    build = functools.partial(odl.on_support, capacity=3) if rule == "on_support" else getattr(odl, rule)
+    solver = build(odl.for_steps(odl.fixed_point(ignoring), 30))
+    strict = build(odl.for_steps(odl.fixed_point(ignoring), 30), on_failure="raise")
+    silent = build(odl.for_steps(odl.fixed_point(ignoring), 30), on_failure="ignore")
     theta = {"of": jnp.ones(2), "key": jax.random.key(0)}
     value = lambda theta, s=solver: s(0.0, {**theta, "key": jax.random.key(0)}).x
     assert abs(float(value(theta)) - 2) < 1e-6
@@ -300,8 +332,8 @@ def test_a_theta_that_does_not_enter_is_told_by_the_derivative_alone(rule):
     np.testing.assert_array_equal(jax.grad(lambda theta: value(theta, silent))(numbers)["of"], 0)
     # What the map closes over is another road, and a part of theta may well be for others.
     entering = lambda x, theta: 0.5 * x + theta["of"][0]
-    closed = lambda c: getattr(odl, rule)(odl.for_steps(odl.fixed_point(lambda x, _: 0.5 * x + c), 30))(0.0, 1.0).x
-    partly = getattr(odl, rule)(odl.for_steps(odl.fixed_point(entering), 30))
+    closed = lambda c: build(odl.for_steps(odl.fixed_point(lambda x, _: 0.5 * x + c), 30))(0.0, 1.0).x
+    partly = build(odl.for_steps(odl.fixed_point(entering), 30))
     assert float(jax.grad(closed)(1.0)) != 0
     assert float(jax.grad(lambda theta: partly(0.0, theta).x)(numbers)["of"][1]) == 0
 
@@ -312,10 +344,10 @@ class Layer:
 
 
 def test_a_theta_that_does_not_enter_an_estimator_is_refused():
-    h, outer = odl.hypergradients, lambda x, theta, *data: jnp.sum(x**2) + jnp.sum(theta**2)
+    h, outer = odl.hypergradients, lambda x, theta: jnp.sum(x**2) + jnp.sum(theta**2)
     walk = odl.gradient_descent(lambda x, theta: 0.5 * jnp.sum((x - 1.0) ** 2) + jnp.sum(theta), 0.5)
     solver = odl.for_steps(walk, 3)
-    blind = lambda x, theta, *data: 0.5 * jnp.sum((x - 1.0) ** 2) + jnp.sum(theta)
+    blind = lambda x, theta: 0.5 * jnp.sum((x - 1.0) ** 2) + jnp.sum(theta)
     theta, x0 = jnp.ones(2), jnp.zeros(3)
     of_solvers = [
         h.through(solver, outer), h.warm_started(solver, outer), h.hoag(walk, outer), h.hodl(walk, outer, num_steps=3),
@@ -332,7 +364,7 @@ def test_a_theta_that_does_not_enter_an_estimator_is_refused():
         np.testing.assert_allclose(gradient, 2 * theta, atol=1e-9)
     # A start that theta says is a road of its own; data that come with the updates only are not guessed.
     h.through(solver, outer, start=lambda theta: jnp.zeros(3) + theta[0]).init(theta, None)
-    with_data = h.soba(lambda x, theta, row: jnp.sum((x - row) ** 2), outer, step_size=0.1)
+    with_data = h.soba(lambda x, theta, r: jnp.sum((x - r) ** 2), lambda x, theta, r: jnp.sum(x**2), step_size=0.1)
     with_data.init(theta, x0)
     with pytest.raises(ValueError, match="theta does not enter"):
         with_data.init(theta, x0, jnp.ones(3), jnp.ones(3))

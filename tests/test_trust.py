@@ -290,6 +290,23 @@ def test_hoags_own_tolerance_has_no_unit(kind):
     np.testing.assert_allclose(thetas[1][-1], [1.0, 0.5, -0.5, 0.0], atol=1e-3)
 
 
+@pytest.mark.parametrize("far", [1e2, 1e6])
+def test_hoag_forgets_how_far_its_start_was(far):
+    """x(theta) = theta = 1, whatever the first x0, in float32."""
+    inner = odl.gradient_descent(lambda x, theta: 0.5 * jnp.sum((x - theta) ** 2), 0.5)
+    hyper = hoag(inner, lambda x, theta: 0.5 * jnp.sum(x**2))
+    theta = jnp.ones(2, jnp.float32)
+
+    def body(state, _):
+        gradient, state, info = hyper.update(theta, state)
+        return state, (gradient, info.x, info.status)
+
+    _, (gradients, xs, statuses) = jax.lax.scan(body, hyper.init(theta, far * theta), length=60)
+    np.testing.assert_allclose(xs[-1], 1.0, atol=1e-3)
+    np.testing.assert_allclose(gradients[-1], 1.0, atol=1e-3)
+    assert int(statuses.max()) == odl.Status.CONVERGED
+
+
 def test_the_adjoint_starts_from_the_last_one_and_the_inner_solve_keeps_its_budget():
     """Two products an update are too few for an adjoint; update by update they add up."""
     short = odl.implicit(odl.until_converged(DESCENT, tol=1e-12, max_steps=500), odl.linear.cg(tol=1e-9, max_steps=2))

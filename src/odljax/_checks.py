@@ -155,13 +155,16 @@ def differentiable(who: str, theta: Any) -> None:
 
 
 def enters(function: Callable[[Any], Any], theta: Any) -> bool:
-    """Whether the result of the function depends on theta, by its program; true of a theta without numbers."""
+    """Whether the result of the function depends on theta, by its program; true where that is not known."""
     from jax.interpreters import partial_eval  # its import costs more than ours
 
     leaves, structure = jax.tree.flatten(theta)
     if not leaves:
         return True
-    jaxpr = jax.make_jaxpr(lambda leaves: function(structure.unflatten(leaves)))(leaves).jaxpr
+    try:
+        jaxpr = jax.make_jaxpr(lambda leaves: function(structure.unflatten(leaves)))(leaves).jaxpr
+    except NameError:  # a collective over an axis that is mapped elsewhere: not known
+        return True
     return any(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
 
 

@@ -116,6 +116,20 @@ def test_short_windows_that_overlap_those_that_are_zero():
     np.testing.assert_allclose(narrow[there], right[there], atol=1e-5)
 
 
+def test_groups_that_only_just_are_zero_beside_others():
+    """Tied numbers in float32: the right answer is 0, and what comes near it is none."""
+    ring = [[i, (i + 1) % 8] for i in range(8)]
+    for v, lam, groups in (
+        ([1.0, 0, 2, 0], np.ones(4), [[0, 1], [0, 1, 2], [1, 2, 3], [0, 3]]),
+        ([1.0, 0, 2, 0, 0, 0, 1, -1], [0, 6.5, 5, 1, 2.5, 0.5, 5.5, 1], ring),
+    ):
+        v, lam = np.asarray(v, "float32"), np.asarray(lam, "float32")
+        y = np.asarray(prox.overlapping_group_lasso(v, (lam, groups)))
+        assert np.isnan(y).all() or np.abs(y).max() <= 1e-5 * np.linalg.norm(v)
+    zero = prox.overlapping_group_lasso(np.array([1.0, 0, 2, 0]), (np.ones(4), [[0, 1], [0, 1, 2], [1, 2, 3], [0, 3]]))
+    np.testing.assert_allclose(zero, 0, atol=1e-8)
+
+
 def test_a_group_that_only_just_is_zero():
     v, windows = np.array([0.5, 0.3, -0.1, -0.1]), [[0, 1], [1, 2], [2, 3]]
     np.testing.assert_allclose(prox.overlapping_group_lasso(v, (0.3, windows)), [0.2, 0, 0, 0], atol=1e-8)

@@ -20,7 +20,7 @@ from ..linear import LinearInfo, LinearSolver, cg, differentiable_solve, gmres
 from ..operators import as_operator
 from ..operators._operator import displacement
 from ..solvers import Adjoint, Solution, Solver
-from ._failure import adjoint_failed, check_policy, facts_of, reported, solve_failed, teller
+from ._failure import adjoint_failed, check_policy, facts_of, reported, solve_failed, teller, watched
 from ._implicit import check_operator, negligible, reach, settled
 
 
@@ -126,6 +126,7 @@ def on_support(
 
 def _on_support(solver: Solver, problem: _Problem, on_failure: str) -> Solver:
     def solve(x0: X, theta: Theta) -> Solution:
+        theta = watched("on_support", on_failure, solver.iteration, x0, theta)
         solution = settled(solver, x0, theta)
         return solution._replace(x=_attach(problem, on_failure, x0, solution, theta))
 

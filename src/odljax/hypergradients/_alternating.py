@@ -89,4 +89,4 @@ def alternating(
         )  # fmt: skip
         return gradient, WalkState(keep_finite(x, state.x), walk), info
 
-    return Hypergradient(init, update, who, slope_of(who, inner, projection))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer, projection))

@@ -14,7 +14,18 @@ from ..derivatives import unrolled
 from ..iterations import aggregate, gradient_descent
 from ..iterations._aggregation import outer_unit
 from ..solvers import for_steps
-from ._estimator import Hypergradient, Info, WalkState, conclude, keep_finite, losses, pair, slope_of, start_outer
+from ._estimator import (
+    Hypergradient,
+    Info,
+    WalkState,
+    conclude,
+    keep_finite,
+    losses,
+    of_theta,
+    pair,
+    slope_of,
+    start_outer,
+)
 from ._start import first_start, started
 
 
@@ -124,4 +135,5 @@ def bda(
         kept = keep_finite(x, state.x) if warm_start else state.x
         return gradient, WalkState(kept, outer_walk), info
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    others = (start, *map(of_theta, (step_size, weight, outer_step_size)))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer, *others))

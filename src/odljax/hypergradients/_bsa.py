@@ -51,7 +51,7 @@ def _randomly_truncated(
             inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual, num_steps=num_steps,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))
 
 
 def bsa(

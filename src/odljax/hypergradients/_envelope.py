@@ -180,7 +180,7 @@ def meha(
         )  # fmt: skip
         return gradient, MEHAState(keep_finite(info.x, x), keep_finite(w, state.proximal_point), walk), info
 
-    return Hypergradient(init, update, who, slope_of(who, inner, prox, projection))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer, prox, projection))
 
 
 def gap_function(
@@ -325,4 +325,4 @@ def gap_function(
         w, z = keep_finite((w, z), (state.proximal_point, state.multiplier))
         return gradient, GapState(keep_finite(info.x, x), w, z, walk), info
 
-    return Hypergradient(init, update, who, slope_of(who, inner, projection, constraints))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer, projection, constraints))

@@ -87,19 +87,26 @@ class Hypergradient(Generic[X, Theta]):
     inner: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "init", _own(self.init, self.name, self.inner or _unknown))
+        object.__setattr__(self, "init", _own(self.init, self.name, self.inner))
         object.__setattr__(self, "update", compiled_once(self.update))
 
 
-def _own(init: Callable[..., State], who: str, inner: Callable[..., Any]) -> Callable[..., State]:
+def _own(init: Callable[..., State], who: str, inner: Callable[..., Any] | None) -> Callable[..., State]:
     """``init``, which looks for theta in the inner problem, and whose state shares no buffer with its arguments or
     itself, so that it may be donated."""
 
     @functools.wraps(init)
+    def own(*arguments: Any, **named: Any) -> State:
+        return jax.tree.map(jnp.copy, init(*arguments, **named))
+
+    if inner is None:
+        return own
+
+    @functools.wraps(init)
     def call(theta: Any, x0: Any = None, *data: Any, allow_unused: bool = False) -> State:
-        state = init(theta, x0, *data)
+        state = own(theta, x0, *data)
         if x0 is None or allow_unused or enters(lambda theta: inner(x0, theta, *data), theta):
-            return jax.tree.map(jnp.copy, state)
+            return state
         raise ValueError(
             f"{who}: theta does not enter the inner problem, so that the gradient through x is zero. A map "
             f"T(x, theta) or a loss f(x, theta) must use its second argument (that of a Flax module may be a "
@@ -107,11 +114,6 @@ def _own(init: Callable[..., State], who: str, inner: Callable[..., Any]) -> Cal
         )
 
     return call
-
-
-def _unknown(x: Any, theta: Any, *data: Any) -> Any:
-    """An inner problem of which nothing is known; theta enters."""
-    return theta
 
 
 class Outer(NamedTuple):
@@ -209,23 +211,45 @@ def pair(who: str, data: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, .
     return (data[:1], data[1:])
 
 
-def slope_of(who: str, inner: Callable[..., Any], *others: Any) -> Callable[..., Any] | None:
-    """The slope of the inner loss as what theta must enter; theta itself where its data are not there.
+def slope_of(who: str, inner: Callable[..., Any], outer: Callable[..., Any], *others: Any) -> Any:
+    """The slopes in x of the two losses as what theta must enter: x follows both, where it is not unique.
 
-    None where one of ``others`` is there, through which theta may enter as well: a prox, a projection, constraints.
+    None where one of ``others`` is there, through which theta may enter as well: a prox, a projection, a start.
     """
     if any(other is not None for other in others):
         return None
 
-    def slope(x: Any, theta: Any, *data: Any) -> Any:
-        given = pair(who, data)[0]
-        try:
-            inspect.signature(inner).bind(x, theta, *given)
-        except (TypeError, ValueError):
-            return theta
-        return jax.grad(inner)(x, theta, *given)
+    def slopes(x: Any, theta: Any, *data: Any) -> Any:
+        inner_data, outer_data = pair(who, data)
+        return slope_at(inner, x, theta, *inner_data), slope_at(outer, x, theta, *outer_data)
 
-    return slope
+    return slopes
+
+
+def slope_at(loss: Callable[..., Any], x: Any, theta: Any, *data: Any) -> Any:
+    """The slope of a loss in x; theta itself where that is not known, because the loss may want more data."""
+    try:
+        signature = inspect.signature(loss)
+        signature.bind(x, theta, *data)
+        if not data and _binds(signature, x, theta, None):
+            return theta
+    except (TypeError, ValueError):
+        return theta
+    return jax.grad(loss)(x, theta, *data)
+
+
+def _binds(signature: inspect.Signature, *arguments: Any) -> bool:
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def of_theta(coefficient: Any) -> Any:
+    """The coefficient, if it is a function of theta; else None."""
+    reads = callable(coefficient) and "theta" in inspect.signature(coefficient).parameters
+    return coefficient if reads else None
 
 
 def start_inner(who: str, theta: Any, x0: Any) -> Any:

@@ -139,4 +139,4 @@ def f2sa(
             value=value, x=w, inner_residual=_tree.norm(x_slope), num_steps=num_steps,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))

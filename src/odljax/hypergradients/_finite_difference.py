@@ -111,7 +111,7 @@ def finite_difference(
         )  # fmt: skip
         return gradient, WalkState(keep_finite(x, state.x), walk), info
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))
 
 
 def rank_one(
@@ -179,4 +179,4 @@ def rank_one(
         )  # fmt: skip
         return gradient, WalkState(keep_finite(x, state.x), walk), info
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))

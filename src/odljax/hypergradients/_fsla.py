@@ -122,4 +122,4 @@ def fsla(
             adjoint_residual=relative(_tree.norm(adjoint), _tree.norm(x_gradient)),
         )  # fmt: skip
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))

@@ -45,7 +45,7 @@ def hoag(
         tol: :math:`\varepsilon_t > 0`, decreasing and summable, a number, a schedule of the update number, or a
             function of theta; let it end above the rounding of the dtype. None: :math:`0.1 / (t + 1)^2`, but not below
             1000 rounding units, free of units: the inner solve takes it as its ``relative_tol``, and may stop at 1000
-            rounding units of its first residual, too, for a solution of zero has no scale.
+            rounding units of the residual it starts from, too, for a solution of zero has no scale.
         max_steps: budget of each inner solve, at least 1.
         linear_solver: ``tolerance -> LinearSolver``, for instance ``lambda tol: odl.linear.bicgstab(tol=tol)``.
             Default: conjugate gradients where the operator is declared symmetric, else GMRES.
@@ -98,12 +98,9 @@ def hoag(
             epsilon = tolerance(theta, walk.t)
             solver = solver_of(epsilon, 0.0, epsilon)
         else:
-            residual, known = cast(Array, residual_at(iteration, state.x, theta)), walk.first
-            first = jnp.where(known > 0, known, jnp.where(jnp.isfinite(residual), residual, 0).astype(known.dtype))
-            state = state._replace(outer=walk._replace(first=first))
-            floor = 1000 * _tree.rounding(state.x)
+            floor, first = 1000 * _tree.rounding(state.x), cast(Array, residual_at(iteration, state.x, theta))
             epsilon = jnp.maximum(0.1 / (walk.t.astype(float) + 1.0) ** 2, floor)
-            solver = solver_of(floor * first[0], epsilon, epsilon)
+            solver = solver_of(jnp.where(first < jnp.inf, floor * first, 0), epsilon, epsilon)
         return keep_warm(state, *advance(who, solver, outer, theta, state, data, trust))
 
     return Hypergradient(init, update, f"hoag({iteration.name})", first_step(iteration))

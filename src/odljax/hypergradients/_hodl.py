@@ -27,6 +27,8 @@ from ._estimator import (
     first_step,
     keep_finite,
     loss_at,
+    of_theta,
+    slope_at,
     start_outer,
     told,
 )
@@ -185,7 +187,12 @@ def hodl(
         x = keep_finite(solution.x, state.x) if warm_start else state.x
         return gradient, WalkState(x, walk), info
 
-    return Hypergradient(init, update, f"hodl({base.name})", None if start or projection else first_step(base))
+    def inner(x: X, theta: Theta, *data: Any) -> Any:
+        return first_step(base)(x, theta), slope_at(outer, x, theta, *data)
+
+    roads = (start, projection, *map(of_theta, (relaxation, weight, step_size)))
+    known = all(road is None for road in roads)
+    return Hypergradient(init, update, f"hodl({base.name})", inner if known else None)
 
 
 def _watched(operator: Operator[X, Theta], num_steps: int) -> Iteration[X, Theta]:

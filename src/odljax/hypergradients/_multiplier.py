@@ -142,7 +142,7 @@ def bamm(
         v = keep_finite(_tree.add_scaled(v, -adjoint_step(theta, t), miss), v)
         return gradient, BAMMState(keep_finite(info.x, x), v, walk), info
 
-    return Hypergradient(init, update, who, slope_of(who, inner, projection))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer, projection))
 
 
 def bamm_rate(scale: Scalar = 0.1, *, tau: Scalar = TAU) -> Callable[[Any], Array]:

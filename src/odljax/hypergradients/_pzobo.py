@@ -139,4 +139,4 @@ def pzobo(
             value=value, x=x, inner_residual=residuals[-1], num_steps=num_steps,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))

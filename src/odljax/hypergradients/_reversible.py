@@ -15,7 +15,7 @@ from jax.core import Tracer
 from .. import _tree
 from .._checks import as_inner, coefficient, count, differentiable, is_callable, number
 from .._types import Coefficient, Scalar, State, Status, Theta, X
-from ._estimator import Hypergradient, Info, WalkState, conclude, losses, pair, slope_of, start_outer
+from ._estimator import Hypergradient, Info, WalkState, conclude, losses, of_theta, pair, slope_of, start_outer
 from ._start import first_start, started
 
 _WORD = 16  # bits of one word of the buffer: a word times a denominator fits into 32 bits
@@ -152,7 +152,7 @@ def reversible(
         status = jnp.where(diverged, jnp.full_like(info.status, Status.DIVERGED), info.status)
         return gradient, WalkState(state.x, walk), info._replace(status=status)
 
-    return Hypergradient(init, update, who, slope_of(who, inner, start))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer, start, of_theta(step_size)))
 
 
 def _fraction(who: str, momentum: Any) -> Fraction:

@@ -179,4 +179,4 @@ def saba(
             value=d.value, x=x, inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))

@@ -128,4 +128,4 @@ def srba(
             value=d.value, x=new_x, inner_residual=_tree.norm(d.inner), adjoint_residual=d.residual,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))

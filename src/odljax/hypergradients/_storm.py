@@ -64,7 +64,7 @@ def _double_momentum(
             inner_residual=_tree.norm(memory[0]), adjoint_residual=new.residual,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))
 
 
 def sustain(

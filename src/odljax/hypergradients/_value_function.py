@@ -219,7 +219,7 @@ def bvfsm(
         )  # fmt: skip
         return gradient, BVFSMState(keep_finite(x, state.x), keep_finite(z, state.minimiser), walk), info
 
-    return Hypergradient(init, update, who, slope_of(who, inner, projection))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer, projection))
 
 
 def bome(
@@ -315,7 +315,7 @@ def bome(
         )  # fmt: skip
         return gradient, ValueGapState(keep_finite(info.x, x), None, walk), info
 
-    return Hypergradient(init, update, f"bome({barrier})", slope_of(who, inner, projection))
+    return Hypergradient(init, update, f"bome({barrier})", slope_of(who, inner, outer, projection))
 
 
 def pbgd(
@@ -427,4 +427,4 @@ def pbgd(
         w = keep_finite(w, state.minimiser) if warm_start else None
         return gradient, ValueGapState(keep_finite(info.x, x), w, walk), info
 
-    return Hypergradient(init, update, f"pbgd({form})", slope_of(who, inner, projection))
+    return Hypergradient(init, update, f"pbgd({form})", slope_of(who, inner, outer, projection))

@@ -158,4 +158,4 @@ def vrbo(
             inner_residual=_tree.norm(slope), adjoint_residual=p.residual, num_steps=num_steps,
         )  # fmt: skip
 
-    return Hypergradient(init, update, who, slope_of(who, inner))
+    return Hypergradient(init, update, who, slope_of(who, inner, outer))

@@ -229,7 +229,7 @@ def _solve(v: Array, t: Array, inside: Array) -> tuple[Array, Array, Array]:
     fine, coarse = finished(64 * eps), finished(eps**0.6)
     nearer = fine[2] <= coarse[2]
     x, free, size = (jnp.where(nearer, a, b) for a, b in zip(fine, coarse, strict=True))
-    return x, free, size <= 4 * eps**0.6 * whole
+    return x, free, size <= eps**0.6 * whole
 
 
 def _less_ranks(diagonal: Array, weights: Array, rows: Array, r: Array) -> Array:
