@@ -41,7 +41,10 @@ def number(k):
 
 
 def walk(hyper, problem, rate, num_updates, theta=None, x0=None):
-    """Projected gradient descent on theta: every theta and every inner iterate on the way, the start first."""
+    """Projected gradient descent on theta: every theta and every inner iterate on the way, the start first.
+
+    Methods that do not see theta in the inner problem are shown, too: ``allow_unused``.
+    """
     theta = problem.theta if theta is None else jnp.asarray(theta, float)
     x0 = problem.x0 if x0 is None else jnp.asarray(x0, float)
     project = getattr(problem, "project", lambda theta: theta)
@@ -55,7 +58,7 @@ def walk(hyper, problem, rate, num_updates, theta=None, x0=None):
 
     @jax.jit
     def run():
-        _, path = jax.lax.scan(body, (theta, hyper.init(theta, x0)), jnp.arange(num_updates))
+        _, path = jax.lax.scan(body, (theta, hyper.init(theta, x0, allow_unused=True)), jnp.arange(num_updates))
         return path
 
     thetas, xs = run()

@@ -119,7 +119,7 @@ def layer_of(module):
     """The layers of the house, from the ground up; imports point down only."""
     order = [
         {"_types"},
-        {"_tree"},
+        {"_tree", "_moving"},
         {"_checks", "_support"},
         {"linear", "sampling"},
         {"operators"},

@@ -24,7 +24,7 @@ def descend(hyper, problem, rate, num_updates, theta=None, x0=None):
         theta = problem.project(jax.tree.map(lambda leaf, g: leaf - size * g, theta, gradient))
         return (theta, state), (info.x, info.status)
 
-    start = (theta, hyper.init(theta, problem.x0 if x0 is None else x0))
+    start = (theta, hyper.init(theta, problem.x0 if x0 is None else x0, allow_unused=True))
     (theta, _), (xs, status) = jax.lax.scan(body, start, jnp.arange(num_updates))
     return theta, xs[-1], status.max()
 

@@ -199,7 +199,7 @@ def test_a_gradient_of_a_walk_that_is_not_undone_is_none(monkeypatch):
 
 def test_refusals():
     make = lambda **options: reversible(
-        lambda x, t: x**2, lambda x, t: x, **({"step_size": 0.1, "num_steps": 2} | options)
+        lambda x, t: (x - t) ** 2, lambda x, t: x, **({"step_size": 0.1, "num_steps": 2} | options)
     )
     for momentum, words in (
         (1.0, r"momentum must lie in \(0, 1\); 1.0 came"),

@@ -96,7 +96,7 @@ def _own(init: Callable[..., State], who: str, inner: Callable[..., Any] | None)
     itself, so that it may be donated."""
 
     @functools.wraps(init)
-    def own(*arguments: Any, **named: Any) -> State:
+    def own(*arguments: Any, allow_unused: bool = False, **named: Any) -> State:
         return jax.tree.map(jnp.copy, init(*arguments, **named))
 
     if inner is None:
@@ -105,7 +105,8 @@ def _own(init: Callable[..., State], who: str, inner: Callable[..., Any] | None)
     @functools.wraps(init)
     def call(theta: Any, x0: Any = None, *data: Any, allow_unused: bool = False) -> State:
         state = own(theta, x0, *data)
-        if x0 is None or allow_unused or enters(lambda theta: inner(x0, theta, *data), theta):
+        at = _tree.strong(x0)  # None where theta says it
+        if at is None or allow_unused or enters(lambda theta: inner(at, theta, *data), theta):
             return state
         raise ValueError(
             f"{who}: theta does not enter the inner problem, so that the gradient through x is zero. A map "

@@ -217,12 +217,13 @@ def _lower_largest(x: Array, t: Array, k: int) -> Array:
 
     last = breaks.shape[-1] - 1
     start = jnp.zeros((*x.shape[:-1], 1), int)
-    below, above = jax.lax.fori_loop(0, last.bit_length(), halve, (start, start + last))
-    left, right = jnp.take_along_axis(breaks, below, axis=-1), jnp.take_along_axis(breaks, above, axis=-1)
-    reached = clipped(jnp.zeros_like(left)) > goal
-    low, high = jnp.where(reached, left, 0), jnp.where(reached, right, 0)
+    _, above = jax.lax.fori_loop(0, last.bit_length(), halve, (start, start + last))
+    right = jnp.take_along_axis(breaks, above, axis=-1)
+    reached = clipped(jnp.zeros_like(right)) > goal
+    high = jnp.where(reached, right, 0)
     lowered = held - held_t >= high
-    level = ~lowered & (held - held_t <= low) & jnp.where(reached, held >= high, held > 0)
+    # Not by a comparison of held - held_t with low: compiled another way than the break it may fall between the two.
+    level = ~lowered & jnp.where(reached, held >= high, held > 0)
     total = jnp.sum(jnp.where(level, size, 0) + t * lowered.astype(x.dtype), axis=-1, keepdims=True) - k * t
     mu = jnp.where(reached, total / jnp.maximum(jnp.sum(level, axis=-1, keepdims=True, dtype=x.dtype), 1), 0)
     y = sign * jnp.where(lowered, size - t, jnp.where(level, mu, size))
