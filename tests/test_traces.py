@@ -9,7 +9,7 @@ import odljax as odl
 
 PROBLEM = odl.problems.ridge(20, 3)
 
-# Inner objective: once where init looks for theta in it, once for the step, once for the residual that is tested and once
+# Inner objective: once where init looks for theta in it, once for the step, once for the residual that is tested, once
 # for its shapes (twice where the first and the last are reported), once for the derivative in x and once in theta where
 # there is an adjoint system.
 BOUNDS = {
