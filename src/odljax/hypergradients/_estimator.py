@@ -222,12 +222,13 @@ def slope_of(who: str, inner: Callable[..., Any], outer: Callable[..., Any], *ot
 
     def slopes(x: Any, theta: Any, *data: Any) -> Any:
         inner_data, outer_data = pair(who, data)
-        return slope_at(inner, x, theta, *inner_data), slope_at(outer, x, theta, *outer_data)
+        below = slope_at(who, "inner", inner, x, theta, *inner_data)
+        return below, slope_at(who, "outer", outer, x, theta, *outer_data)
 
     return slopes
 
 
-def slope_at(loss: Callable[..., Any], x: Any, theta: Any, *data: Any) -> Any:
+def slope_at(who: str, name: str, loss: Callable[..., Any], x: Any, theta: Any, *data: Any) -> Any:
     """The slope of a loss in x; theta itself where that is not known, because the loss may want more data."""
     try:
         signature = inspect.signature(loss)
@@ -236,7 +237,7 @@ def slope_at(loss: Callable[..., Any], x: Any, theta: Any, *data: Any) -> Any:
             return theta
     except (TypeError, ValueError):
         return theta
-    return jax.grad(loss)(x, theta, *data)
+    return jax.grad(functools.partial(loss_at, who, name, loss))(x, theta, *data)
 
 
 def _binds(signature: inspect.Signature, *arguments: Any) -> bool:

@@ -188,7 +188,7 @@ def hodl(
         return gradient, WalkState(x, walk), info
 
     def inner(x: X, theta: Theta, *data: Any) -> Any:
-        return first_step(base)(x, theta), slope_at(outer, x, theta, *data)
+        return first_step(base)(x, theta), slope_at(who, "outer", outer, x, theta, *data)
 
     roads = (start, projection, *map(of_theta, (relaxation, weight, step_size)))
     known = all(road is None for road in roads)
