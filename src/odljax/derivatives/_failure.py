@@ -18,6 +18,7 @@ from .._checks import enters
 from .._moving import moving
 from .._types import STATUS_MESSAGES, Status
 from ..iterations import Iteration
+from ..iterations._iteration import first_step
 from ..solvers import Solution, Solver
 
 POLICIES = ("warn", "ignore", "raise")
@@ -75,10 +76,7 @@ def with_alarm(solver: Solver, on_failure: str, worst: Status = Status.CONVERGED
 def watched(who: str, on_failure: str, iteration: Iteration, x0: Any, theta: Any) -> Any:
     """``theta``, whose derivative tells, while it is traced, of a theta that the steps do not look at."""
 
-    def stepped(theta: Any) -> Any:
-        return iteration.step(x0, iteration.init(x0, theta), theta, jnp.zeros((), int))
-
-    if on_failure == "ignore" or enters(stepped, theta):
+    if on_failure == "ignore" or enters(functools.partial(first_step, iteration, x0), theta):
         return theta
     message = (
         f"{who}: theta does not enter {iteration.name}, so the derivative of x in it is zero. A map T(x, theta) must "

@@ -15,6 +15,7 @@ from .. import _tree
 from .._checks import as_inner, compiled_once, differentiable, enters, is_callable, record, same_as, scalar
 from .._types import State, Status, Theta, X
 from ..iterations import Iteration
+from ..iterations._iteration import first_step
 from ..operators import Operator
 from ..solvers import Solver
 
@@ -63,8 +64,8 @@ class Hypergradient(Generic[X, Theta]):
         update: ``(theta, state, *data) -> (gradient, state, info)``; the gradient has the structure of theta.
         name: what messages call it.
         inner: ``(x, theta, *data) -> pytree``, what theta must enter for the gradient to be more than that of the outer
-            loss alone: a step, or the slope of the inner loss. ``init`` refuses a theta that does not enter it, unless
-            it is called with ``allow_unused=True``. None: nothing is looked at.
+            loss alone: a step, or the slopes of both losses in x. ``init`` refuses a theta that does not enter it,
+            unless it is called with ``allow_unused=True``. None: nothing is looked at.
 
     Example:
         >>> import jax, optax, odljax as odl
@@ -159,23 +160,19 @@ def told(status: Array, value: Any, gradient: Any) -> Array:
     return jnp.where(finite, status, jnp.asarray(int(Status.NON_FINITE), status.dtype))
 
 
-def first_step(iteration: Iteration) -> Callable[..., Any]:
+def step_of(iteration: Iteration) -> Callable[..., Any]:
     """The first step as what theta must enter."""
-    return lambda x, theta, *data: iteration.step(x, iteration.init(x, theta), theta, jnp.zeros((), int))
+    return lambda x, theta, *data: first_step(iteration, x, theta)
 
 
 def loss_at(who: str, name: str, loss: Callable[..., Any], x: Any, theta: Any, *data: Any) -> Array:
     """The loss, checked to be a scalar and to take as many data as there are."""
-    try:
-        inspect.signature(loss).bind(x, theta, *data)
-    except TypeError:
+    if not _takes(loss, x, theta, *data):
         came = ", ".join(["x", "theta", *("data" for _ in data)])
         raise TypeError(
             f"{who}: the {name} loss takes {inspect.signature(loss)}, and was called with ({came}). What it needs "
             f"beyond x and theta are the arguments of update(theta, state, *data), and of init(theta, x0, *data)."
-        ) from None
-    except ValueError:  # no signature to be had: trust it
-        pass
+        )
     return scalar(who, f"the {name} loss", loss(x, theta, *data))
 
 
@@ -230,21 +227,19 @@ def slope_of(who: str, inner: Callable[..., Any], outer: Callable[..., Any], *ot
 
 def slope_at(who: str, name: str, loss: Callable[..., Any], x: Any, theta: Any, *data: Any) -> Any:
     """The slope of a loss in x; theta itself where that is not known, because the loss may want more data."""
-    try:
-        signature = inspect.signature(loss)
-        signature.bind(x, theta, *data)
-        if not data and _binds(signature, x, theta, None):
-            return theta
-    except (TypeError, ValueError):
+    if not _takes(loss, x, theta, *data) or (not data and _takes(loss, x, theta, None)):
         return theta
     return jax.grad(functools.partial(loss_at, who, name, loss))(x, theta, *data)
 
 
-def _binds(signature: inspect.Signature, *arguments: Any) -> bool:
+def _takes(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether it may be called so; true where there is no signature to be had."""
     try:
-        signature.bind(*arguments)
+        inspect.signature(function).bind(*arguments)
     except TypeError:
         return False
+    except ValueError:
+        pass
     return True
 
 

@@ -16,7 +16,7 @@ from ..iterations import Iteration
 from ..linear import LinearSolver, cg, gmres
 from ..solvers import Solver, until_converged
 from ..solvers._solver import residual_at
-from ._estimator import Hypergradient, Info, first_step
+from ._estimator import Hypergradient, Info, step_of
 from ._through import OuterLoss, WarmState, advance, check_trust, cold_start, keep_warm, warm
 
 
@@ -103,4 +103,4 @@ def hoag(
             solver = solver_of(jnp.where(first < jnp.inf, floor * first, 0), epsilon, epsilon)
         return keep_warm(state, *advance(who, solver, outer, theta, state, data, trust))
 
-    return Hypergradient(init, update, f"hoag({iteration.name})", first_step(iteration))
+    return Hypergradient(init, update, f"hoag({iteration.name})", step_of(iteration))

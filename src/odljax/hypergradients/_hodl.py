@@ -14,7 +14,7 @@ from .._types import Coefficient, State, Step, Theta, X
 from ..derivatives import unrolled
 from ..iterations import Iteration, aggregate, krasnoselskii_mann, project
 from ..iterations._aggregation import outer_unit
-from ..iterations._iteration import iteration_of
+from ..iterations._iteration import first_step, iteration_of
 from ..operators import Operator
 from ..operators._operator import inverse_metric
 from ..solvers import History, for_steps
@@ -24,7 +24,6 @@ from ._estimator import (
     Info,
     WalkState,
     advance_outer,
-    first_step,
     keep_finite,
     loss_at,
     of_theta,
@@ -188,7 +187,7 @@ def hodl(
         return gradient, WalkState(x, walk), info
 
     def inner(x: X, theta: Theta, *data: Any) -> Any:
-        return first_step(base)(x, theta), slope_at(who, "outer", outer, x, theta, *data)
+        return first_step(base, x, theta), slope_at(who, "outer", outer, x, theta, *data)
 
     roads = (start, projection, *map(of_theta, (relaxation, weight, step_size)))
     known = all(road is None for road in roads)

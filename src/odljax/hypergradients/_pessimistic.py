@@ -16,7 +16,7 @@ from ..operators import Operator
 from ..operators._operator import displacement
 from ..solvers import Solver, for_steps
 from ..solvers._solver import checked_step, residual_at, start_state
-from ._estimator import Hypergradient, Info, WalkState, advance_outer, first_step, loss_at, start_outer, told
+from ._estimator import Hypergradient, Info, WalkState, advance_outer, loss_at, start_outer, step_of, told
 from ._start import check_start, first_start, started
 
 
@@ -133,7 +133,7 @@ def pessimistic(
         info = Info(value, residual, None, status, solution.state.k, change, solution.history, x)
         return gradient, WalkState(state.x, outer_walk), info
 
-    return Hypergradient(init, update, f"{who}({solver.name})", None if start else first_step(solver.iteration))
+    return Hypergradient(init, update, f"{who}({solver.name})", None if start else step_of(solver.iteration))
 
 
 def _watching(iteration: Iteration[X, Theta], loss: Callable[[Any, Any], Any]) -> Iteration[Trajectory, Theta]:

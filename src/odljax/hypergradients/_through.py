@@ -16,7 +16,7 @@ from ..linear import identity
 from ..operators import Operator
 from ..solvers import Solution, Solver
 from ._error import estimate_error
-from ._estimator import Hypergradient, Info, Outer, advance_outer, first_step, keep_finite, loss_at, start_outer, told
+from ._estimator import Hypergradient, Info, Outer, advance_outer, keep_finite, loss_at, start_outer, step_of, told
 from ._start import check_start, first_start, started
 
 OuterLoss = Callable[..., Any]
@@ -94,7 +94,7 @@ def through(
         gradient, _, info, walk = advance("through", solver, outer, theta, state, data, trust, start)
         return gradient, WarmState(state.x, None, walk), info
 
-    inner = None if start else first_step(solver.iteration)
+    inner = None if start else step_of(solver.iteration)
     return Hypergradient(cold_start("through", start), update, f"through({solver.name})", inner)
 
 
@@ -151,7 +151,7 @@ def warm_started(
     def update(theta: Theta, state: WarmState, *data: Any) -> tuple[Theta, State, Info]:
         return keep_warm(state, *advance("warm_started", solver, outer, theta, state, data, trust))
 
-    return Hypergradient(init, update, f"warm_started({solver.name})", first_step(solver.iteration))
+    return Hypergradient(init, update, f"warm_started({solver.name})", step_of(solver.iteration))
 
 
 def warm(state: WarmState, solver: Solver) -> WarmState:

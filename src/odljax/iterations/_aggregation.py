@@ -15,7 +15,7 @@ from .._checks import coefficient, is_callable, same_as
 from .._types import Coefficient, State, Step, Theta, X
 from ..operators import Operator
 from ..operators._gradient import value_and_gradient
-from ._iteration import Iteration, iteration_of
+from ._iteration import Iteration, first_step, iteration_of
 
 
 def aggregate(
@@ -120,7 +120,7 @@ def outer_unit(
     v = jax.tree.unflatten(structure, [w.astype(leaf.dtype) for w, leaf in zip(waves, leaves, strict=True)])
     first = _tree.divide(v, _tree.norm(v))
     _, constant = jax.lax.fori_loop(0, 10, power, (first, jnp.zeros_like(_tree.norm(x))))
-    below, _ = iteration.step(x, iteration.init(x, theta), theta, jnp.zeros((), int))
+    below, _ = first_step(iteration, x, theta)
     level = _tree.norm(_tree.subtract(x, below)) / _tree.norm(ascent)
     level = jnp.where(jnp.isfinite(level), level, jnp.zeros_like(level))
     curved = jnp.isfinite(1 / constant) & jnp.isfinite(constant)

@@ -75,6 +75,11 @@ def stateless(x: Any, theta: Any) -> State:
     return ()
 
 
+def first_step(iteration: Iteration[X, Theta], x: X, theta: Theta) -> tuple[X, State]:
+    """The step from x with nothing before it."""
+    return iteration.step(x, iteration.init(x, theta), theta, jnp.zeros((), int))
+
+
 def as_iteration(source: Iteration[X, Theta] | Operator[X, Theta] | Callable[[X, Theta], X]) -> Iteration[X, Theta]:
     """Returns the iteration itself, or the Picard iteration of an operator or function ``T(x, theta)``.
 
